@@ -1,0 +1,187 @@
+"""Where trials are kept: one JSON record a trial, whole or absent, under any fsspec URL."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from paperworks import __version__
+from paperworks.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The unit that is scheduled, stored, skipped when already there, and measured again.
+
+    Attributes:
+        claim: Slug of the claim.
+        arm: One of its arms, or ``combine:a+b`` for its data under the interventions of methods a and b.
+        seed, scale, settings, device: As measured; ``settings`` are JSON values.
+        data_root: Folder of the data sets; empty for the default.
+        code: Fingerprint of the text that measures.
+    """
+
+    claim: str
+    arm: str
+    seed: int
+    scale: str
+    settings: dict[str, Any]
+    device: str = "cpu"
+    data_root: str = ""
+    code: str = ""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two trials the same measurement."""
+        return {name: value for name, value in vars(self).items() if name != "code"}
+
+    @property
+    def key(self) -> str:
+        """Name of the trial's files, unique to its identity."""
+        return f"{self.arm.replace(':', '-')}-seed{self.seed}-{_digest(self.identity)[:12]}"
+
+
+class DamagedRecord(Exception):
+    """A record that is there but cannot be used; the message says why."""
+
+
+class Store:
+    """Records and artefacts of trials.
+
+    Local files are written aside and moved into place; object stores write whole objects by nature.
+
+    Args:
+        url: A folder, or any URL that fsspec opens: ``s3://bucket/runs``, ``memory://runs`` …
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"cannot open the store {url!r}: {error}") from error
+        self.root = root.rstrip("/")
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def check_writable(self) -> None:
+        """Find out before hours of work, not after.
+
+        Raises:
+            UserError: If the store cannot be written.
+        """
+        probe = f"probe-{os.getpid()}-{secrets.token_hex(4)}"
+        self.write(probe, b"")
+        self.remove(probe)
+
+    def path(self, trial: Trial) -> str:
+        """Where the record of a trial stands, relative to the root."""
+        return f"{trial.claim}/{trial.scale}/{trial.key}.json"
+
+    def write(self, path: str, content: bytes, *, durable: bool = True) -> None:
+        """Write a file whole or not at all; ``durable`` waits until it is on the disk.
+
+        Raises:
+            UserError: If the store is read-only or full.
+        """
+        target = f"{self.root}/{path}"
+        try:
+            self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            if not self.local:
+                self.fs.pipe_file(target, content)
+                return
+            partial = f"{target}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+            try:
+                with open(partial, "wb") as file:
+                    file.write(content)
+                    if durable:
+                        file.flush()
+                        os.fsync(file.fileno())
+                os.replace(partial, target)
+            finally:
+                Path(partial).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to the store {self.url}: {error.strerror or error}") from error
+
+    def scratch(self, trial: Trial) -> Path:
+        """A folder on this machine for a trial's checkpoints; the same after a kill."""
+        base = Path(self.root) if self.local else Path(tempfile.gettempdir()) / f"paperworks-{os.getuid()}"
+        return base / "scratch" / trial.key
+
+    def read(self, path: str) -> bytes:
+        """The content of a file."""
+        content: bytes = self.fs.cat_file(f"{self.root}/{path}")
+        return content
+
+    def save(self, trial: Trial, measured: dict[str, Any]) -> None:
+        """Store a trial's record; ``measured`` holds metrics, curves, figures, versions, machine and seconds."""
+        record = {
+            "format": FORMAT,
+            "paperworks": __version__,
+            "code": trial.code,
+            **trial.identity,
+            **measured,
+        }
+        record["checksum"] = _digest(record)
+        self.write(self.path(trial), json.dumps(record, indent=1, allow_nan=False).encode())
+
+    def live(self) -> list[dict[str, Any]]:
+        """How far the trials are that run now: ``key``, ``fraction``, ``text`` and ``curves`` of each."""
+        try:
+            paths = self.fs.ls(f"{self.root}/live", detail=False)
+        except FileNotFoundError:
+            return []
+        found = []
+        for path in paths:
+            try:
+                found.append(json.loads(self.fs.cat_file(path)))
+            except (OSError, ValueError):  # ended in this moment
+                continue
+        return found
+
+    def remove(self, path: str) -> None:
+        """Remove a file if it is there."""
+        with suppress(OSError):
+            self.fs.rm_file(f"{self.root}/{path}")
+
+    def load(self, trial: Trial) -> dict[str, Any] | None:
+        """The record of a trial, or nothing if it was not measured yet.
+
+        Raises:
+            DamagedRecord: If the record is truncated, edited, or of another version of format or claim.
+        """
+        try:
+            text = self.read(self.path(trial))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read the store {self.url}: {error.strerror or error}") from error
+        try:
+            record = json.loads(text)
+            checksum = record.pop("checksum")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DamagedRecord("is truncated or no record") from error
+        if record.get("format") != FORMAT or record.get("paperworks") != __version__:
+            raise DamagedRecord(f"is of another version (paperworks {record.get('paperworks')})")
+        if checksum != _digest(record):
+            raise DamagedRecord("was edited: its checksum differs")
+        if {name: record.get(name) for name in trial.identity} != trial.identity:
+            raise DamagedRecord("is of another trial")
+        if record.get("code") != trial.code:
+            raise DamagedRecord("was measured by another text of the claim")
+        return record | {"checksum": checksum}
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

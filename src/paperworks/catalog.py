@@ -1,0 +1,147 @@
+"""The cards of the methods. Reading them imports neither torch nor any method.
+
+The library's own cards stand in ``catalog.toml``. Another package adds cards by an entry point of the group
+``paperworks.catalog`` whose value is a package that holds a ``catalog.toml`` of the same form.
+"""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from paperworks.errors import UserError, unknown
+
+FAMILIES = {
+    "robust": "noisy, few or biased labels",
+    "efficient": "less work per step",
+    "distributed": "many workers",
+    "search": "finding and predicting nets",
+    "vision": "backbones and image quality",
+    "detection": "finding objects",
+    "synthesis": "making scenes, videos, molecules, music",
+    "agents": "acting and reasoning",
+    "audit": "what is wrong with it",
+    "graphs": "graphs and knowledge",
+    "physics": "quantum and PDEs",
+}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method was published; ``arxiv`` is empty where there is no preprint."""
+
+    title: str
+    authors: tuple[str, ...]
+    year: int
+    venue: str
+    arxiv: str = ""
+
+    @property
+    def url(self) -> str:
+        """Address of the preprint, or empty."""
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a method without importing it.
+
+    Attributes:
+        slug: Its name on the command line.
+        name: Its name in the literature.
+        family: One of ``FAMILIES``, or a plug-in's own.
+        summary: One line.
+        problem: What problem it solves, for whom.
+        paper: Where it was published.
+        tags: The field's terms.
+        api: Dotted names of its public objects; empty while it is planned.
+        claim: Dotted name of the module that measures its claim.
+        extra: The extra with its heavy dependencies.
+        reconstruction: Whether parts inside are reconstructed because no reference code could be read.
+    """
+
+    slug: str
+    name: str
+    family: str
+    summary: str
+    problem: str
+    paper: Paper
+    tags: tuple[str, ...] = ()
+    api: tuple[str, ...] = ()
+    claim: str = ""
+    extra: str = ""
+    reconstruction: bool = False
+
+    @property
+    def built(self) -> bool:
+        """Whether the method is there, not only planned."""
+        return bool(self.api)
+
+    @property
+    def claim_source(self) -> Path | None:
+        """The file that measures the claim."""
+        spec = find_spec(self.claim) if self.claim else None
+        return Path(spec.origin) if spec and spec.origin else None
+
+    @property
+    def claim_text(self) -> str:
+        """The claim's docstring, read without importing its module. Its first paragraph is the claim."""
+        source = self.claim_source
+        return (ast.get_docstring(ast.parse(source.read_text("utf-8"))) or "") if source else ""
+
+    @property
+    def claim_sentence(self) -> str:
+        """The claim in one sentence."""
+        return " ".join(self.claim_text.split("\n\n")[0].split())
+
+
+@cache
+def catalog() -> dict[str, Card]:
+    """All cards by slug, the library's own first, then those of installed plug-ins.
+
+    Raises:
+        UserError: If a plug-in's catalog is malformed or takes a slug that is there already.
+    """
+    cards = {card.slug: card for card in read("paperworks")}
+    for point in sorted(entry_points(group="paperworks.catalog"), key=lambda point: point.name):
+        try:
+            added = read(point.value)
+        except (OSError, ImportError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"plug-in {point.name!r} has no valid catalog.toml in {point.value}: {error}") from error
+        for card in added:
+            if card.slug in cards:
+                raise UserError(f"plug-in {point.name!r} takes the slug {card.slug!r}, which is there already")
+            cards[card.slug] = card
+    return cards
+
+
+def read(package: str) -> list[Card]:
+    """The cards in the ``catalog.toml`` of a package."""
+    content = tomllib.loads(files(package).joinpath("catalog.toml").read_text("utf-8"))
+    return [_card(**method) for method in content["method"]]
+
+
+def find(slug: str) -> Card:
+    """The card of a method.
+
+    Raises:
+        UserError: If there is none, with the nearest slug.
+    """
+    cards = catalog()
+    if slug not in cards:
+        raise unknown("method", slug, cards)
+    return cards[slug]
+
+
+def _card(paper: dict[str, Any], **fields: Any) -> Card:
+    paper["authors"] = tuple(paper["authors"])
+    for name in ("tags", "api"):
+        fields[name] = tuple(fields.get(name, ()))
+    return Card(paper=Paper(**paper), **fields)

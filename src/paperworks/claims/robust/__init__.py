@@ -1,0 +1,1 @@
+"""Claims about noisy, few or biased labels."""

@@ -1,0 +1,352 @@
+"""The command line. Nothing heavy is imported before a command needs it: ``list``, ``show`` and help answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from paperworks import __version__
+from paperworks.catalog import FAMILIES, Card, catalog, find
+from paperworks.errors import UserError, nearest, unknown
+
+if TYPE_CHECKING:
+    from paperworks.bench.check import Plan, Records
+    from paperworks.bench.claim import Claim
+
+SCALES = ("smoke", "quick", "full")
+
+
+class Commands(click.Group):
+    """A group that answers a mistyped command with the nearest one."""
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise unknown("command", args[0], self.commands)
+        return super().resolve_command(context, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "--version", message="paperworks %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Published machine-learning methods that work: import them, check their claims, combine and scale them."""
+
+
+@cli.command("list")
+@click.option("--family", help="Only this family, e.g. robust.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_(family: str | None, as_json: bool) -> None:
+    """List the methods."""
+    families = list(dict.fromkeys([*FAMILIES, *(card.family for card in catalog().values())]))
+    if family is not None and family not in families:
+        raise unknown("family", family, families)
+    cards = [card for card in catalog().values() if family in (None, card.family)]
+    if as_json:
+        click.echo(json.dumps([_card_json(card) for card in cards], indent=1))
+        return
+    width = max(len(card.slug) for card in cards)
+    for group in families:
+        members = [card for card in cards if card.family == group]
+        if not members:
+            continue
+        about = f": {FAMILIES[group]}" if group in FAMILIES else ""
+        click.echo(click.style(group, bold=True) + about)
+        for card in members:
+            state = "" if card.built else click.style("  (planned)", dim=True)
+            click.echo(f"  {card.slug:<{width}}  {card.summary}{state}")
+    built = sum(card.built for card in cards)
+    click.echo(f"\n{len(cards)} methods, {built} built. `paperworks show SLUG` tells more of one.")
+
+
+@cli.command()
+@click.argument("slug")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder of results.",
+)
+def show(slug: str, as_json: bool, results: Path) -> None:
+    """Show a method: its problem, paper, API, claim and last result."""
+    card = find(slug)
+    measured = _last_result(slug, results)
+    if as_json:
+        click.echo(json.dumps(_card_json(card) | {"result": measured}, indent=1))
+        return
+    click.echo(click.style(f"{card.name}", bold=True) + f" ({card.slug}, {card.family})")
+    click.echo(f"{card.summary}.\n")
+    click.echo(_wrapped(card.problem))
+    paper = card.paper
+    click.echo(
+        _wrapped(f"\nPaper: {paper.title}. {', '.join(paper.authors)}. {paper.venue}, {paper.year}. {paper.url}")
+    )
+    if card.reconstruction:
+        click.echo(_wrapped("\nParts inside are reconstructed: no reference code could be read."))
+    if not card.built:
+        click.echo("\nPlanned: not built yet.")
+        return
+    click.echo("\nImport:")
+    for name in card.api:
+        module, _, attribute = name.rpartition(".")
+        click.echo(f"  from {module} import {attribute}")
+    if card.extra:
+        click.echo(f"  needs: pip install 'paperworks[{card.extra}]'")
+    click.echo(_wrapped(f"\nClaim: {card.claim_sentence}"))
+    if measured:
+        click.echo(f"Measured at {measured['scale']} with {measured['seeds']} seeds: {measured['verdict']}")
+        for found in measured["expectations"]:
+            ends = " … ".join("∞" if end is None else f"{end:.4g}" for end in (found["low"], found["high"]))
+            click.echo(f"  {found['name']}: {found['estimate']:.4g} ({ends}): {found['verdict']}")
+    click.echo(f"Check: paperworks check {card.slug}")
+
+
+def measuring(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how trials are measured."""
+    options = [
+        click.option("--scale", default="quick", show_default=True, metavar="|".join(SCALES), help="How much work."),
+        click.option("--seeds", type=int, metavar="N", help="Seeds 0 … N-1.  [default: the claim's own]"),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable."),
+        click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to train."),
+        click.option(
+            "--executor",
+            default="processes",
+            show_default=True,
+            metavar="serial|processes|ray",
+            help="How trials are spread.",
+        ),
+        click.option("--workers", type=int, metavar="N", help="Trials at a time.  [default: one a core]"),
+        click.option("--threads", type=int, default=1, show_default=True, metavar="N", help="Threads a trial."),
+        click.option(
+            "--store",
+            default="paperworks-runs",
+            show_default=True,
+            envvar="PAPERWORKS_STORE",
+            metavar="URL",
+            help="Where trials are kept: a folder or any fsspec URL.",
+        ),
+        click.option(
+            "--results",
+            type=click.Path(path_type=Path),
+            default=Path("results"),
+            show_default=True,
+            metavar="DIR",
+            help="Where verdicts and figures go.",
+        ),
+        click.option(
+            "--data-root",
+            type=click.Path(path_type=Path),
+            envvar="PAPERWORKS_DATA",
+            metavar="DIR",
+            help="Folder of the data sets.",
+        ),
+        click.option("--fresh", is_flag=True, help="Measure again what is stored."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("slugs", nargs=-1)
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Every built method; also updates README.md's table if it is here.",
+)
+@measuring
+def check(slugs: Sequence[str], everything: bool, results: Path, **options: Any) -> None:
+    """Measure claims: method beside baseline, same data, same seeds, with a verdict."""
+    if everything == bool(slugs):
+        raise UserError("name the methods to check, or give --all")
+    if everything:
+        slugs = [card.slug for card in catalog().values() if card.built and card.claim]
+    cards = [find(slug) for slug in dict.fromkeys(slugs)]
+    plan = _plan(options)
+    from paperworks.bench.claim import load_claim
+    from paperworks.bench.report import publish, update_readme, verdict_table
+    from paperworks.bench.results import read_all
+
+    console = _console()
+    claims = [load_claim(card.slug) for card in cards]
+    records = _measure(plan, claims, [trial for claim in claims for trial in plan.trials(claim)])
+    published = [publish(claim, records, results) for claim in claims]
+    console.print(verdict_table(summary for summary, _ in published))
+    for summary, page in published:
+        console.print(f"{summary.slug}: [bold]{summary.verdict}[/]. Report: {page}", highlight=False, soft_wrap=True)
+    if everything and plan.scale != "smoke" and (readme := Path("README.md")).exists():
+        update_readme(readme, read_all(results))
+
+
+@cli.command()
+@click.argument("slugs", nargs=-1, required=True)
+@click.option("--on", required=True, metavar="SLUG", help="Whose data and training to use.")
+@click.option("--metric", metavar="NAME", help="What to analyse.  [default: the claim's first]")
+@measuring
+def combine(slugs: Sequence[str], on: str, metric: str | None, results: Path, **options: Any) -> None:
+    """Measure how methods interact: all subsets of them in one claim's training."""
+    cards = [find(slug) for slug in [*slugs, on]]
+    plan = _plan(options)
+    from paperworks.bench import combine as factorial
+    from paperworks.bench.claim import load_claim
+
+    factorial.check_methods(slugs)
+    *joining, claim = [load_claim(card.slug) for card in cards]
+    claim.check_host()
+    for method in joining:
+        method.check_joins()
+    records = _measure(plan, [claim], plan.factorial(claim, joining))
+    found = factorial.combined(claim, slugs, records, metric)
+    page = factorial.publish(found, results)
+    console = _console()
+    console.print(factorial.cell_table(found))
+    console.print()
+    console.print(factorial.effect_table(found))
+    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder of results.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write one page of all results.")
+@click.option(
+    "--readme",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Update the table of methods in this file.",
+)
+def report(results: Path, as_json: bool, html: Path | None, readme: Path | None) -> None:
+    """Report what `check` last measured."""
+    from paperworks.bench import report as reports
+    from paperworks.bench.results import read_all
+
+    if not results.is_dir():
+        raise UserError(f"there is no folder {results}; run `paperworks check SLUG` first or give --results")
+    summaries = read_all(results)
+    if html:
+        parts = [reports.claim_part(summary, reports.stored_pictures(summary, results)) for summary in summaries]
+        reports.write(html, reports.render("paperworks: all results", parts).encode())
+    if readme:
+        reports.update_readme(readme, summaries)
+    if as_json:
+        click.echo(json.dumps([summary.brief() for summary in summaries], indent=1))
+    elif summaries:
+        _console().print(reports.verdict_table(summaries))
+    else:
+        click.echo(f"No results in {results} yet.")
+    if html:
+        click.echo(f"Report: {html}", err=as_json)
+
+
+def _plan(options: dict[str, Any]) -> Plan:
+    """Check the options that need no torch first, so that a typo is answered at once."""
+    if options["scale"] not in SCALES:
+        raise unknown("scale", options["scale"], SCALES)
+    overrides = {}
+    for text in options.pop("overrides"):
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set takes KEY=VALUE, got {text!r}")
+        overrides[key] = value
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on cores that others use
+    from paperworks.bench.check import Plan
+
+    return Plan(overrides=overrides, **options)
+
+
+def _measure(plan: Plan, claims: Sequence[Claim], trials: list[Any]) -> Records:
+    from paperworks.bench.check import Records
+    from paperworks.bench.progress import progress_bar
+
+    console = _console(stderr=True)
+    records = Records(plan, trials)
+    for path, reason in records.damaged.items():
+        console.print(f"measuring again: the record {path} {reason}", highlight=False, markup=False, soft_wrap=True)
+    stored = len(trials) - len(records.pending)
+    if stored:
+        console.print(f"{stored} of {len(trials)} trials are stored in {plan.store}", highlight=False, markup=False)
+    if records.pending:
+        names = ", ".join(claim.slug for claim in claims)
+        console.print(
+            f"measuring {len(records.pending)} trials of {names} ({plan.scale})",
+            highlight=False,
+            markup=False,
+        )
+        with progress_bar(records, console):
+            for _ in records.measure():
+                pass
+    return records
+
+
+def _console(*, stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=140)  # files and pipes do not wrap
+
+
+def _card_json(card: Card) -> dict[str, Any]:
+    fields = {name: value for name, value in vars(card).items() if name not in ("paper", "claim")}
+    return fields | {"built": card.built, "paper": vars(card.paper), "claim": card.claim_sentence}
+
+
+def _last_result(slug: str, results: Path) -> dict[str, Any] | None:
+    for scale in reversed(SCALES):
+        try:
+            return json.loads((results / slug / f"{scale}.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _wrapped(text: str) -> str:
+    return click.wrap_text(
+        text.strip("\n"), width=min(100, shutil.get_terminal_size().columns), preserve_paragraphs=True
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        cli.main(args=args, prog_name="paperworks", standalone_mode=False)
+        sys.exit(0)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; what was measured is stored", err=True)
+        sys.exit(130)
+    except click.exceptions.Exit as exit:
+        sys.exit(exit.exit_code)
+    except click.NoSuchOption as error:
+        options = error.ctx.command.params if error.ctx else []
+        known = [name for option in options for name in option.opts if name.startswith("--")]
+        click.echo(f"error: no such option {error.option_name}.{nearest(error.option_name, known)}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        sys.exit(2)
+    except Exception as error:
+        if "--debug" in args:
+            raise
+        if isinstance(error, UserError):
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
+        click.echo(f"fault: {type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", err=True)
+        sys.exit(1)

@@ -1,0 +1,430 @@
+"""The training loop, on Lightning Fabric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.loggers.csv_logs import CSVLogger
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MeanMetric, Metric, MetricCollection
+
+from paperworks.errors import UserError
+
+from . import checkpoint
+from .batches import Batches, loader
+from .intervention import Criterion, Intervention, State, compose_loss
+from .progress import ProgressBar
+
+Data = Dataset[Any] | DataLoader[Any]
+
+
+class NonFiniteLoss(UserError, ArithmeticError):
+    """The loss became NaN or infinite."""
+
+
+class History(list[dict[str, float]]):
+    """One mapping of figures an epoch: ``train/loss``, ``eval/loss``, ``eval/<metric>`` and what interventions add."""
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last epoch's figures."""
+        return self[-1] if self else {}
+
+    def column(self, name: str) -> list[float]:
+        """One figure over the epochs in which it was recorded."""
+        return [row[name] for row in self if name in row]
+
+
+class Trainer:
+    """Trains a model, with interventions, on one device or many.
+
+    Each epoch draws the batches in an order that depends on ``seed`` and the epoch alone. A run that is killed and
+    started again with the same arguments and ``checkpoint_dir`` ends with the numbers of an undisturbed one.
+
+    Args:
+        epochs: Passes over the training data.
+        interventions: Changes to training, in the order in which they act.
+        batch_size: Examples a step over all processes together; used when ``fit`` gets a dataset. A DataLoader
+            keeps its own batches.
+        seed: Seeds batch order, dropout and transforms. The caller's global random states come back afterwards.
+        accelerator, devices, strategy, precision: As in ``lightning_fabric.Fabric``, e.g. ``devices=2,
+            strategy="ddp"``, ``precision="bf16-mixed"``. The default takes a GPU where there is one.
+        accumulate: Batches whose gradients are averaged before a step of the optimizer.
+        clip_norm: Largest L2 norm of the whole gradient; ``None`` leaves it alone.
+        schedule: Whether the scheduler steps after every optimizer ``"step"`` or every ``"epoch"``.
+        drop_last: Leave out an incomplete last batch.
+        num_workers: Loader processes for datasets that are not tensors.
+        metrics: torchmetrics by name, measured on the evaluation data.
+        eval_every: Evaluate every that many epochs, and after the last.
+        log_dir: Folder for ``CSVLogger`` and ``TensorBoardLogger`` files; ``loggers`` adds others of Fabric's.
+        checkpoint_dir: Folder of the checkpoint; an existing one is resumed.
+        checkpoint_every: Also write one every that many steps, not only after each epoch.
+        progress: Show a progress bar, or a callable ``(fraction done, text)`` that gets it instead.
+
+    Example:
+        >>> trainer = Trainer(epochs=3, interventions=[LogitClip(tau=1.0)])
+        >>> trainer.fit(model, train_data, loss=nn.CrossEntropyLoss(), optimizer=partial(SGD, lr=0.1))
+    """
+
+    def __init__(
+        self,
+        epochs: int,
+        *,
+        interventions: Iterable[Intervention] = (),
+        batch_size: int = 128,
+        seed: int = 0,
+        accelerator: str = "auto",
+        devices: int | str | list[int] = 1,
+        strategy: str = "auto",
+        precision: Any = "32-true",
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        schedule: Literal["step", "epoch"] = "step",
+        drop_last: bool = False,
+        num_workers: int = 0,
+        metrics: Mapping[str, Metric] | None = None,
+        eval_every: int = 1,
+        log_dir: str | Path | None = None,
+        loggers: Sequence[Any] = (),
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int | None = None,
+        progress: bool | Callable[[float, str], None] = False,
+    ) -> None:
+        for name, value in {"epochs": epochs, "accumulate": accumulate, "eval_every": eval_every}.items():
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise UserError(f"clip_norm must be positive, got {clip_norm}")
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise UserError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+        if schedule not in ("step", "epoch"):
+            raise UserError(f"schedule must be 'step' or 'epoch', got {schedule!r}")
+        self.interventions = list(interventions)
+        for intervention in self.interventions:
+            if not isinstance(intervention, Intervention):
+                raise UserError(f"interventions must be Intervention objects, got {intervention!r}")
+        self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
+        self.accumulate, self.clip_norm, self.schedule = accumulate, clip_norm, schedule
+        self.drop_last, self.num_workers, self.eval_every = drop_last, num_workers, eval_every
+        self.metrics = MetricCollection(dict(metrics or {}), prefix="eval/")
+        self.checkpoint_path = Path(checkpoint_dir) / "checkpoint.pt" if checkpoint_dir else None
+        self.checkpoint_every = checkpoint_every
+        self._progress = progress
+        if log_dir:
+            loggers = [
+                CSVLogger(log_dir, name="csv", flush_logs_every_n_steps=1),
+                TensorBoardLogger(log_dir, name="tensorboard"),
+                *loggers,
+            ]
+        try:
+            self.fabric = Fabric(
+                accelerator=accelerator,
+                devices=devices,
+                strategy=strategy,
+                precision=precision,
+                loggers=list(loggers),
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"cannot set up accelerator={accelerator!r}, devices={devices!r}: {error}") from error
+
+    def fit(
+        self,
+        model: nn.Module,
+        train_data: Data,
+        eval_data: Data | None = None,
+        *,
+        loss: Criterion,
+        optimizer: Optimizer | Callable[[Iterator[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> History:
+        """Train ``model`` in place.
+
+        Args:
+            model: Called with the batch's first item.
+            train_data: A dataset of ``(inputs, targets, …)``, or a DataLoader of such batches.
+            eval_data: What ``metrics`` and the plain loss are measured on.
+            loss: ``(outputs, targets) -> scalar``.
+            optimizer: An optimizer, or how to make one from parameters: ``partial(SGD, lr=0.1)``.
+            scheduler: How to make a scheduler from the optimizer; ``steps(train_data)`` is the run's length.
+
+        Returns:
+            The figures of each epoch.
+
+        Raises:
+            NonFiniteLoss: At the first step whose loss is NaN or infinite.
+            UserError: If the checkpoint does not belong to this run.
+        """
+        self.fabric.launch()
+        if not isinstance(optimizer, Optimizer):
+            optimizer = optimizer(model.parameters())
+        state = State(
+            fabric=self.fabric,
+            module=model,
+            model=model,
+            optimizer=optimizer,
+            criterion=loss,
+            epochs=self.epochs,
+            total_steps=self.steps(train_data),
+        )
+        # Eyes on the trainer come last, so that they see what the other interventions left.
+        bar = [ProgressBar(self._progress)] if self._progress and self.fabric.is_global_zero else []
+        with (
+            checkpoint.seeded(self.seed + self.fabric.global_rank),
+            self._in_place(state, [*self.interventions, *bar]),
+        ):
+            run = _Run(self, state, scheduler, [*self.interventions, *bar])
+            run.resume(train_data)
+            return run.train(train_data, eval_data)
+
+    @contextmanager
+    def _in_place(self, state: State, interventions: list[Intervention]) -> Iterator[None]:
+        done: list[Intervention] = []
+        try:
+            for intervention in interventions:
+                intervention.setup(state)
+                done.append(intervention)
+            state.model, state.optimizer = self.fabric.setup(state.module, state.optimizer)
+            yield
+        finally:
+            for intervention in reversed(done):
+                intervention.teardown(state)
+            for logger in self.fabric.loggers:
+                logger.finalize("success")
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, data: Data, loss: Criterion | None = None) -> dict[str, float]:
+        """Measure ``metrics``, and ``loss`` where one is given, in evaluation mode."""
+        metrics, mean = self.metrics.clone().to(self.fabric.device), MeanMetric().to(self.fabric.device)
+        was_training = model.training
+        model.eval()
+        for inputs, targets, *_ in self.loader(data, shuffle=False):
+            outputs = model(inputs)
+            metrics.update(outputs, targets)
+            if loss is not None:
+                mean.update(loss(outputs, targets), weight=len(targets))
+        model.train(was_training)
+        figures = {name: float(value) for name, value in metrics.compute().items()}
+        return figures | ({"eval/loss": float(mean.compute())} if loss is not None else {})
+
+    def steps(self, train_data: Data) -> int:
+        """Optimizer steps of the whole run on ``train_data``, e.g. for ``OneCycleLR(total_steps=…)``."""
+        return self.epochs * math.ceil(len(self.loader(train_data)) / self.accumulate)
+
+    def loader(self, data: Data, *, shuffle: bool = True) -> DataLoader[Any]:
+        """Batches of ``data`` on the device; each process gets its share."""
+        if isinstance(data, DataLoader):
+            return self.fabric.setup_dataloaders(data)  # type: ignore[return-value]
+        batches = Batches(
+            len(data),  # type: ignore[arg-type]
+            self.batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            drop_last=self.drop_last and shuffle,
+            rank=self.fabric.global_rank,
+            world=self.fabric.world_size,
+        )
+        plain = loader(data, batches, self.num_workers)
+        return self.fabric.setup_dataloaders(plain, use_distributed_sampler=False)  # type: ignore[return-value]
+
+
+class _Run:
+    """One call of ``fit``: the state that a checkpoint holds, and the loops over epochs and batches."""
+
+    LOSS_EVERY = 50  # steps between looks at the losses: each look waits for the device
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        state: State,
+        scheduler: Callable[[Optimizer], LRScheduler] | None,
+        interventions: list[Intervention],
+    ) -> None:
+        self.trainer, self.state, self.interventions = trainer, state, interventions
+        self.fabric = trainer.fabric
+        inner = getattr(state.optimizer, "optimizer", state.optimizer)
+        self.scheduler = scheduler(inner) if scheduler else None
+        self.loss = compose_loss(interventions)
+        self.history = History()
+        self.batch = 0  # batches of this epoch already used
+        self.losses: list[Tensor] = []  # of the last steps, still on the device
+        self.loss_sum, self.loss_count = 0.0, 0
+        self.epoch_random: dict[str, Any] | None = None  # random state in which the epoch began
+
+    def train(self, train_data: Data, eval_data: Data | None) -> History:
+        state, batches = self.state, self.trainer.loader(train_data)
+        while state.epoch < self.trainer.epochs:
+            self._epoch(batches)
+            self._call("on_epoch_end")
+            figures = {"train/loss": self.loss_sum / self.loss_count, **state.logs}
+            last = state.epoch + 1 == self.trainer.epochs
+            if eval_data is not None and (last or (state.epoch + 1) % self.trainer.eval_every == 0):
+                figures |= self.trainer.evaluate(state.model, eval_data, state.criterion)
+            self.history.append(figures)
+            self.fabric.log_dict({**figures, "epoch": state.epoch}, step=state.step)
+            if self.scheduler and self.trainer.schedule == "epoch":
+                self.scheduler.step()
+            self.batch, self.loss_sum, self.loss_count, self.epoch_random, state.logs = 0, 0.0, 0, None, {}
+            state.epoch += 1
+            self._save()
+        return self.history
+
+    def _epoch(self, batches: DataLoader[Any]) -> None:
+        state, accumulate, every = self.state, self.trainer.accumulate, self.trainer.checkpoint_every
+        state.model.train()
+        sampler = batches.sampler if batches.batch_size is None else batches.batch_sampler
+        if isinstance(sampler, Batches):
+            sampler.epoch = state.epoch
+        rest = self._start(batches)
+        if self.batch == 0:
+            self._call("on_epoch_start")
+        total = len(batches)
+        for index, (state.inputs, state.targets, *extra) in enumerate(rest, self.batch):
+            state.extra = tuple(extra)
+            in_group = min(accumulate, total - index // accumulate * accumulate)
+            boundary = (index + 1) % accumulate == 0 or index + 1 == total
+            self._call("on_batch")
+            with self.fabric.no_backward_sync(state.model, enabled=not boundary):  # type: ignore[arg-type]
+                state.outputs = state.model(state.inputs)
+                loss = self.loss(state)
+                self.fabric.backward(loss / in_group if in_group > 1 else loss)
+            self.losses.append(loss.detach())
+            self.batch = index + 1
+            if boundary:
+                self._step()
+                if every and state.step % every == 0 and self.batch < total:
+                    self._save()
+        self._look_at_losses()
+
+    def _step(self) -> None:
+        state = self.state
+        self._call("on_gradients")
+        if self.trainer.clip_norm is not None:
+            self.fabric.clip_gradients(
+                state.model,
+                state.optimizer,
+                max_norm=self.trainer.clip_norm,
+                error_if_nonfinite=False,
+            )
+        state.optimizer.step()
+        if self.scheduler and self.trainer.schedule == "step":
+            self.scheduler.step()
+        state.step += 1
+        self._call("on_step_end")
+        state.optimizer.zero_grad()
+        if state.step % self.LOSS_EVERY == 0:
+            self._look_at_losses()
+
+    def _call(self, moment: str) -> None:
+        for intervention in self.interventions:
+            getattr(intervention, moment)(self.state)
+
+    def _look_at_losses(self) -> None:
+        if not self.losses:
+            return
+        stacked = torch.stack(self.losses).float()
+        if self.fabric.world_size > 1:  # all processes see the same losses, so that all of them stop
+            stacked = self.fabric.all_reduce(stacked, reduce_op="mean")  # type: ignore[assignment]
+        values, self.losses = stacked.tolist(), []
+        for batch, value in enumerate(values, self.batch - len(values)):
+            if not math.isfinite(value):
+                raise NonFiniteLoss(
+                    f"the loss is {value} at epoch {self.state.epoch}, batch {batch} (both from 0); "
+                    "lower the learning rate, set clip_norm, or look for NaN in the inputs"
+                )
+        self.loss_sum, self.loss_count = self.loss_sum + sum(values), self.loss_count + len(values)
+        if self.fabric.loggers:
+            self.fabric.log_dict({"train/step_loss": values[-1]}, step=self.state.step)
+
+    # Place in the epoch. The loader is made again in the random state in which the epoch began and read up to
+    # the place, so that any loader with its own order and transforms continues with the right batch.
+
+    def _start(self, batches: DataLoader[Any]) -> Iterator[Any]:
+        if self.epoch_random is None:
+            self.epoch_random = checkpoint.random_state() | {"loader": _generator_state(batches)}
+            return iter(batches)
+        here = checkpoint.random_state()
+        checkpoint.set_random_state(self.epoch_random)
+        if (generator := getattr(batches, "generator", None)) is not None:
+            generator.set_state(self.epoch_random["loader"])
+        rest = iter(batches)
+        for _ in range(self.batch):
+            next(rest)
+        checkpoint.set_random_state(here)
+        return rest
+
+    def _save(self) -> None:
+        path, state = self.trainer.checkpoint_path, self.state
+        if path is None:
+            return
+        self._look_at_losses()
+        mine = {
+            "random": checkpoint.random_state(),
+            "epoch_random": self.epoch_random,
+            "interventions": [i.state_dict() for i in self.interventions],
+        }
+        per_process = [mine]
+        if self.fabric.world_size > 1:
+            per_process = [{}] * self.fabric.world_size
+            torch.distributed.all_gather_object(per_process, mine)
+        if self.fabric.is_global_zero:
+            checkpoint.save(
+                path,
+                {
+                    "names": [type(i).__name__ for i in self.trainer.interventions],
+                    "seed": self.trainer.seed,
+                    "total_steps": state.total_steps,
+                    "epoch": state.epoch,
+                    "batch": self.batch,
+                    "step": state.step,
+                    "loss": [self.loss_sum, self.loss_count],
+                    "logs": state.logs,
+                    "history": list(self.history),
+                    "model": state.module.state_dict(),
+                    "optimizer": state.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+                    "processes": per_process,
+                },
+            )
+        self.fabric.barrier()
+
+    def resume(self, train_data: Data) -> None:
+        path, state = self.trainer.checkpoint_path, self.state
+        if path is None or not path.exists():
+            return
+        saved = checkpoint.load(path)
+        expected = {
+            "interventions": (saved["names"], [type(i).__name__ for i in self.trainer.interventions]),
+            "seed": (saved["seed"], self.trainer.seed),
+            "steps": (saved["total_steps"], state.total_steps),
+            "processes": (len(saved["processes"]), self.fabric.world_size),
+        }
+        for name, (was, now) in expected.items():
+            if was != now:
+                raise UserError(f"checkpoint {path} is of another run: its {name} were {was}, here {now}; delete it")
+        state.module.load_state_dict(saved["model"])
+        state.optimizer.load_state_dict(saved["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(saved["scheduler"])
+        mine = saved["processes"][self.fabric.global_rank]
+        for intervention, content in zip(self.interventions, mine["interventions"], strict=False):
+            intervention.load_state_dict(content)
+        state.epoch, state.step, self.batch = saved["epoch"], saved["step"], saved["batch"]
+        (self.loss_sum, self.loss_count), state.logs = saved["loss"], saved["logs"]
+        self.history.extend(saved["history"])
+        self.epoch_random = mine["epoch_random"]
+        checkpoint.set_random_state(mine["random"])
+
+
+def _generator_state(batches: DataLoader[Any]) -> Tensor | None:
+    generator = getattr(batches, "generator", None)
+    return generator.get_state() if generator is not None else None
