@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Self
 
 
 class UserError(ValueError):
@@ -19,7 +18,7 @@ class MissingExtra(UserError, ImportError):
         super().__init__(f"{purpose} needs {package}: pip install 'paperworks[{extra}]'")
         self.package, self.extra, self.purpose = package, extra, purpose
 
-    def __reduce__(self) -> tuple[type[Self], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.package, self.extra, self.purpose)
 
 
