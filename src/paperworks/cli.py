@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -163,7 +165,7 @@ def measuring(command: Callable[..., None]) -> Callable[..., None]:
     "--all",
     "everything",
     is_flag=True,
-    help="Every built method; also updates README.md's table if it is here.",
+    help="Every built method; also updates the table of methods in README.md if there is one here.",
 )
 @measuring
 def check(slugs: Sequence[str], everything: bool, results: Path, **options: Any) -> None:
@@ -175,7 +177,7 @@ def check(slugs: Sequence[str], everything: bool, results: Path, **options: Any)
     cards = [find(slug) for slug in dict.fromkeys(slugs)]
     plan = _plan(options)
     from paperworks.bench.claim import load_claim
-    from paperworks.bench.report import publish, update_readme, verdict_table
+    from paperworks.bench.report import BEGIN, publish, update_readme, verdict_table
     from paperworks.bench.results import read_all
 
     console = _console()
@@ -184,8 +186,11 @@ def check(slugs: Sequence[str], everything: bool, results: Path, **options: Any)
     published = [publish(claim, records, results) for claim in claims]
     console.print(verdict_table(summary for summary, _ in published))
     for summary, page in published:
-        console.print(f"{summary.slug}: [bold]{summary.verdict}[/]. Report: {page}", highlight=False, soft_wrap=True)
-    if everything and plan.scale != "smoke" and (readme := Path("README.md")).exists():
+        console.print(
+            f"{summary.slug}: {summary.verdict}. Report: {page}", highlight=False, markup=False, soft_wrap=True
+        )
+    readme = Path("README.md")
+    if everything and plan.scale != "smoke" and readme.exists() and BEGIN in readme.read_text("utf-8"):
         update_readme(readme, read_all(results))
 
 
@@ -213,7 +218,7 @@ def combine(slugs: Sequence[str], on: str, metric: str | None, results: Path, **
     console.print(factorial.cell_table(found))
     console.print()
     console.print(factorial.effect_table(found))
-    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 @cli.command()
@@ -277,19 +282,17 @@ def _measure(plan: Plan, claims: Sequence[Claim], trials: list[Any]) -> Records:
     from paperworks.bench.progress import progress_bar
 
     console = _console(stderr=True)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     records = Records(plan, trials)
-    for path, reason in records.damaged.items():
-        console.print(f"measuring again: the record {path} {reason}", highlight=False, markup=False, soft_wrap=True)
+    for reason, paths in records.damaged.items():
+        more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+        say(f"measuring again: {paths[0]}{more}: {reason}")
     stored = len(trials) - len(records.pending)
     if stored:
-        console.print(f"{stored} of {len(trials)} trials are stored in {plan.store}", highlight=False, markup=False)
+        say(f"{stored} of {len(trials)} trials are stored in {plan.store}")
     if records.pending:
         names = ", ".join(claim.slug for claim in claims)
-        console.print(
-            f"measuring {len(records.pending)} trials of {names} ({plan.scale})",
-            highlight=False,
-            markup=False,
-        )
+        say(f"measuring {len(records.pending)} trials of {names} ({plan.scale})")
         with progress_bar(records, console):
             for _ in records.measure():
                 pass
@@ -344,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(2)
     except Exception as error:
         if "--debug" in args:
-            raise
+            traceback.print_exception(error)
         if isinstance(error, UserError):
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             sys.exit(2)

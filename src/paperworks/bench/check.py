@@ -13,7 +13,7 @@ import torch
 from paperworks.errors import UserError, unknown
 
 from .claim import Claim
-from .executors import execute
+from .executors import EXECUTORS, execute
 from .measure import COMBINE
 from .settings import SCALES
 from .store import DamagedRecord, Store, Trial
@@ -52,6 +52,10 @@ class Plan:
             raise UserError(f"seeds must be at least 1, got {self.seeds}")
         if self.threads < 1:
             raise UserError(f"threads must be at least 1, got {self.threads}")
+        if self.executor not in EXECUTORS:
+            raise unknown("executor", self.executor, EXECUTORS)
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"workers must be at least 1, got {self.workers}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise unknown("device", self.device, ("auto", "cpu", "cuda"))
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -83,13 +87,13 @@ class Records:
     Attributes:
         pending: Trials without a usable record.
         done: How many of those are measured by now.
-        damaged: Which records were there but not usable, and why; they are measured again.
+        damaged: Which records were there but not usable, by reason; they are measured again.
     """
 
     def __init__(self, plan: Plan, trials: Sequence[Trial]) -> None:
         self.plan, self.trials = plan, list(trials)
         self.store = Store(plan.store)
-        self.damaged: dict[str, str] = {}
+        self.damaged: dict[str, list[str]] = {}
         self.done = 0
         self._found: dict[str, dict[str, Any]] = {}
         self.pending = [trial for trial in self.trials if plan.fresh or not self._load(trial)]
@@ -120,7 +124,7 @@ class Records:
         try:
             record = self.store.load(trial)
         except DamagedRecord as error:
-            self.damaged[self.store.path(trial)] = str(error)
+            self.damaged.setdefault(str(error), []).append(self.store.path(trial))
             return False
         if record is not None:
             self._found[trial.key] = record

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from joblib import Parallel, delayed, parallel_config
 
-from paperworks.errors import MissingExtra, UserError, unknown
+from paperworks.errors import MissingExtra
 
 from .measure import measure
 from .store import Trial
@@ -40,10 +40,6 @@ def execute(
     Raises:
         UserError: At the first trial that fails by it; what was stored stays.
     """
-    if executor not in EXECUTORS:
-        raise unknown("executor", executor, EXECUTORS)
-    if workers is not None and workers < 1:
-        raise UserError(f"workers must be at least 1, got {workers}")
     cores = max(1, (os.cpu_count() or 1) // threads)
     options: dict[str, Any]
     if executor == "ray":

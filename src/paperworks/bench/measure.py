@@ -46,6 +46,8 @@ def measure(trial: Trial, store_url: str, threads: int = 1, *, fresh: bool = Fal
     with _alone(folder), _threads(threads):
         if not fresh and _usable(store, trial):
             return trial
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
         files = f"{trial.claim}/{trial.scale}/{trial.key}"
         live = f"live/{trial.key}.json"
 
@@ -83,7 +85,7 @@ def measure(trial: Trial, store_url: str, threads: int = 1, *, fresh: bool = Fal
             raise TrialFailed(message) from error
         finally:
             store.remove(live)
-    shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # while no other process can be measuring in it
     return trial
 
 
@@ -117,7 +119,7 @@ def _usable(store: Store, trial: Trial) -> bool:
 def _alone(folder: Path) -> Iterator[None]:
     """One process of this machine at a time measures a trial; a killed one lets go."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as file:
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

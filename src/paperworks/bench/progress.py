@@ -30,7 +30,8 @@ def progress_bar(records: Records, console: Console) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     total, pending = len(records.pending), {trial.key for trial in records.pending}
-    with Progress(*columns, TextColumn("{task.fields[text]}", markup=False), console=console, transient=True) as bar:
+    text = TextColumn("{task.fields[text]}", markup=False)
+    with Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("trials", total=total, text="starting")
         ended = threading.Event()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -75,6 +76,7 @@ class Part:
     verdict: Judgement | None = None
     tables: Sequence[Grid] = ()
     figures: Sequence[Picture] = ()
+    settings: Sequence[Grid] = ()
     notes: Sequence[str] = ()
 
 
@@ -102,12 +104,12 @@ def publish(claim: Claim, records: Records, results: Path) -> tuple[Summary, Pat
     scale = records.plan.scale
     summary = summarise(claim, scale, rows)
     page = results / claim.slug / f"{scale}.html"
-    if _digest_of(page) == summary.digest and summary.path(results).exists():
-        return Summary.model_validate_json(summary.path(results).read_text("utf-8")), page
+    if _digest_of(page) == summary.digest and (published := summary.published(results)):
+        return published, page
     pictures = _pictures(summary, rows, records)
     write(summary.path(results), summary.model_dump_json(indent=1).encode() + b"\n")
     for old in page.parent.glob(f"{scale}-*.png"):
-        old.unlink()
+        old.unlink(missing_ok=True)
     for picture in pictures:
         write(page.parent / f"{scale}-{picture.name}.png", picture.png)
     title = f"paperworks: {claim.slug} at scale {scale}"
@@ -134,9 +136,9 @@ def claim_part(summary: Summary, pictures: Sequence[Picture]) -> Part:
                 ["what", "bar", "estimate", "95 % interval", "verdict"],
                 _verdict_rows(summary),
             ),
-            Grid("Arms", *_arm_rows(summary)),
-            Grid("Settings", ["setting", "value"], settings),
+            Grid("Arms: mean ± standard deviation over seeds", *_arm_rows(summary)),
         ],
+        settings=[Grid("Settings", ["setting", "value"], settings)],
         figures=pictures,
         notes=[" ".join(note.split()) for note in notes],
         command=shlex.join(
@@ -185,7 +187,7 @@ def write(path: Path, content: bytes) -> None:
     """Write a file of ``results/`` whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
@@ -205,10 +207,10 @@ def _digest_of(page: Path) -> str | None:
 
 
 def number(value: float, unit: str = "value") -> str:
-    """Four significant digits; differences with their sign."""
+    """Three significant digits; differences with their sign."""
     if not math.isfinite(value):
         return "∞" if value > 0 else "−∞"
-    text = f"{value:+.4g}" if unit == "difference" else f"{value:.4g}"
+    text = f"{value:+.3g}" if unit == "difference" else f"{value:.3g}"
     return text.replace("-", "−")
 
 
@@ -226,7 +228,7 @@ def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation over seeds."""
     mean = sum(values) / len(values)
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
-    return f"{mean:.4g} ± {deviation:.2g}".replace("-", "−")
+    return f"{mean:.3g} ± {deviation:.2g}".replace("-", "−")
 
 
 def _verdict_rows(summary: Summary) -> list[list[Cell]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ValidationError, field_serializer, field_validator
@@ -72,6 +72,14 @@ class Summary(BaseModel):
         """Where it stands in a results folder."""
         return results / self.slug / f"{self.scale}.json"
 
+    def published(self, results: Path) -> Self | None:
+        """What stands there, if it says the same but for the date."""
+        try:
+            found = self.model_validate_json(self.path(results).read_bytes())
+        except (OSError, ValidationError):
+            return None
+        return found if found == self.model_copy(update={"measured": found.measured}) else None
+
 
 def summarise(claim: Claim, scale: str, records: Sequence[dict[str, Any]]) -> Summary:
     """Judge a claim by its trials' records, which hold every arm at every seed."""
@@ -111,7 +119,7 @@ def read_all(results: Path) -> list[Summary]:
         if path.stem not in SCALES:
             continue
         try:
-            found.append(Summary.model_validate_json(path.read_text("utf-8")))
+            found.append(Summary.model_validate_json(path.read_bytes()))
         except ValidationError as error:
             raise UserError(
                 f"{path} is no result: {error.errors()[0]['msg']}; check {path.parent.name} again"

@@ -31,6 +31,7 @@ class Run:
         data_root: Folder of the data sets, or nothing for the default.
         folder: Scratch folder that survives a kill and is removed once the trial is stored.
         curves: Logged so far: name to list of (step, value).
+        trainings: How many trainers this trial will make; set it where that is more than one, so that progress adds up.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Run:
         self.artefacts: dict[str, str] = {}
         self._keep, self._report, self._last_report = keep, report, 0.0
         self._trainers: set[str] = set()
+        self.trainings = 1
 
     def generator(self, *names: object) -> torch.Generator:
         """A generator for one purpose: the same for the same seed and names, independent of all others."""
@@ -67,12 +69,15 @@ class Run:
         """A trainer with this run's seed, device, progress, and a checkpoint that a killed trial resumes from."""
         if name in self._trainers:
             raise ValueError(f"this trial has a trainer named {name!r} already; give each its own name")
+        index = len(self._trainers)
         self._trainers.add(name)
         options: dict[str, Any] = {
             "seed": self.seed,
             "accelerator": self.device,
             "checkpoint_dir": self.folder / name,
-            "progress": lambda fraction, text: self.progress(fraction, f"{name}: {text}"),
+            "progress": lambda fraction, text: self.progress(
+                (index + fraction) / max(self.trainings, index + 1), f"{name}: {text}"
+            ),
         } | changed
         return Trainer(epochs, interventions=interventions, **options)
 

@@ -115,9 +115,9 @@ class Store:
             raise UserError(f"cannot write to the store {self.url}: {error.strerror or error}") from error
 
     def scratch(self, trial: Trial) -> Path:
-        """A folder on this machine for a trial's checkpoints; the same after a kill."""
+        """A folder on this machine for a trial's checkpoints; the same after a kill, another for other code."""
         base = Path(self.root) if self.local else Path(tempfile.gettempdir()) / f"paperworks-{os.getuid()}"
-        return base / "scratch" / trial.key
+        return base / "scratch" / f"{trial.key}-{_digest(trial.code)[:8]}"
 
     def read(self, path: str) -> bytes:
         """The content of a file."""
@@ -170,16 +170,16 @@ class Store:
         try:
             record = json.loads(text)
             checksum = record.pop("checksum")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DamagedRecord("is truncated or no record") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedRecord("the record is truncated or none") from error
         if record.get("format") != FORMAT or record.get("paperworks") != __version__:
-            raise DamagedRecord(f"is of another version (paperworks {record.get('paperworks')})")
+            raise DamagedRecord(f"the record is of another version (paperworks {record.get('paperworks')})")
         if checksum != _digest(record):
-            raise DamagedRecord("was edited: its checksum differs")
+            raise DamagedRecord("the record was edited: its checksum differs")
         if {name: record.get(name) for name in trial.identity} != trial.identity:
-            raise DamagedRecord("is of another trial")
+            raise DamagedRecord("the record is of another trial")
         if record.get("code") != trial.code:
-            raise DamagedRecord("was measured by another text of the claim")
+            raise DamagedRecord("measured by another text of the claim")
         return record | {"checksum": checksum}
 
 

@@ -48,8 +48,6 @@ def clip_logits(
         UserError: If ``tau``, ``target_norm`` or ``p`` is out of range, or there are fewer than two classes.
     """
     _check_threshold(tau, p)
-    if logits.ndim < 1 or logits.shape[dim] < 2:
-        raise UserError(f"logits must hold at least 2 classes in dimension {dim}, got shape {tuple(logits.shape)}")
     norm = _norm(logits, p, dim, eps)
     if target_norm is None:
         scale = (tau / norm).clamp(max=1.0)
@@ -70,6 +68,7 @@ def normalize_logits(
     r"""LogitNorm (Wei et al., ICML 2022): $\tau z / \lVert z \rVert_p$ for every vector, small ones too.
 
     The neighbour that LogitClip is compared with: clipping leaves vectors within the threshold alone.
+    Arguments and errors are those of ``clip_logits``.
     """
     _check_threshold(tau, p)
     return logits * (tau / _norm(logits, p, dim, eps)).to(logits.dtype)
@@ -99,7 +98,8 @@ def ce_bounds(num_classes: int, tau: float = 1.0, p: float = 2.0) -> tuple[float
     else:
         above_mean = (1 + others ** (1 - 1 / inverse_q)) ** inverse_q
         above_one = 2**inverse_q
-    return math.log1p(others * math.exp(-tau * above_mean)), math.log1p(others * math.exp(tau * above_one))
+    lower, upper = math.log(others) - tau * above_mean, math.log(others) + tau * above_one
+    return _softplus(lower), _softplus(upper)
 
 
 def excess_risk_bound(num_classes: int, tau: float, noise_rate: float, p: float = 2.0) -> float:
@@ -155,7 +155,7 @@ class LogitClipLoss(nn.Module):
             its own affair.
         tau: Largest norm.
         p: Order of the norm.
-        check_finite: Raise an error that names the first example with NaN or infinite logits. Waits for the device
+        check_finite: Raise an error that names the first row with NaN or infinite logits. Waits for the device
             at every call, hence off by default.
 
     Example:
@@ -174,16 +174,22 @@ class LogitClipLoss(nn.Module):
         self.criterion, self.clip, self.check_finite = criterion, LogitClip(tau, p), check_finite
 
     def forward(self, logits: Float[Tensor, "*batch classes"], target: Tensor, **keywords: Any) -> Tensor:
-        if self.check_finite and not (finite := logits.isfinite().flatten(1).all(1)).all():
-            raise UserError(f"logits of example {int(finite.int().argmin())} are not finite")
+        if self.check_finite and not (finite := logits.isfinite().all(-1).flatten()).all():
+            raise UserError(f"logits of row {int(finite.int().argmin())} are not finite")
         return self.criterion(self.clip(logits), target, **keywords)
 
 
 def _norm(logits: Tensor, p: float, dim: int, eps: float) -> Tensor:
     if not logits.is_floating_point():
         raise UserError(f"logits must be floating point, got {logits.dtype}")
+    if logits.ndim < 1 or logits.shape[dim] < 2:
+        raise UserError(f"logits must hold at least 2 classes in dimension {dim}, got shape {tuple(logits.shape)}")
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return torch.linalg.vector_norm(logits, ord=p, dim=dim, keepdim=True, dtype=wide).clamp(min=eps)
+
+
+def _softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 def _check_threshold(tau: float, p: float, name: str = "tau") -> None:

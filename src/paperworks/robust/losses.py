@@ -49,6 +49,8 @@ def partially_huberised_cross_entropy(logits: Logits, targets: Targets, tau: flo
 
 def focal_loss(logits: Logits, targets: Targets, gamma: float = 2.0) -> Scalar:
     r"""Focal loss (Lin et al. 2017, eq. 4): $-(1 - p_y)^\gamma \log p_y$; $\gamma = 2$ is the paper's."""
+    if not gamma >= 0:
+        raise UserError(f"gamma must not be negative, got {gamma}")
     log_p = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     return (-((1 - log_p.exp()) ** gamma) * log_p).mean()
 
@@ -63,6 +65,8 @@ def reverse_cross_entropy(logits: Logits, targets: Targets, log_zero: float = -4
     r"""RCE (Wang et al. 2019, eq. 6) with $\log 0 := A$: $-A (1 - p_y)$; $A = \log 10^{-4}$ in Ma et al.'s code,
     $-4$ in the paper and here.
     """
+    if not log_zero < 0:
+        raise UserError(f"log_zero must be negative, got {log_zero}")
     return -log_zero * (1 - _probability(logits, targets)).mean()
 
 

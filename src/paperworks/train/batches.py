@@ -42,7 +42,8 @@ class Batches(Sampler[list[int]]):
             raise UserError(f"{size} examples do not fill one batch of {batch_size} with drop_last")
 
     def __len__(self) -> int:
-        return -(-self.used // self.batch_size)
+        over = self.used % self.batch_size
+        return self.used // self.batch_size + (over > self.rank)
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.shuffle:
@@ -51,14 +52,20 @@ class Batches(Sampler[list[int]]):
         else:
             order = list(range(self.size))
         for start in range(0, self.used, self.batch_size):
-            yield order[start : min(start + self.batch_size, self.used)][self.rank :: self.world]
+            if share := order[start : min(start + self.batch_size, self.used)][self.rank :: self.world]:
+                yield share
 
 
-def loader(data: Dataset[Any], batches: Sampler[list[int]], num_workers: int = 0) -> DataLoader[Any]:
+def loader(
+    data: Dataset[Any],
+    batches: Sampler[list[int]],
+    num_workers: int = 0,
+    generator: torch.Generator | None = None,
+) -> DataLoader[Any]:
     """A DataLoader over ``batches``; tensor datasets are indexed once a batch, not once an example."""
     if isinstance(data, TensorDataset):
-        return DataLoader(data, sampler=batches, batch_size=None)
-    return DataLoader(data, batch_sampler=batches, num_workers=num_workers)
+        return DataLoader(data, sampler=batches, batch_size=None, generator=generator)
+    return DataLoader(data, batch_sampler=batches, num_workers=num_workers, generator=generator)
 
 
 class Stream:
@@ -84,7 +91,9 @@ class Stream:
             self.batches.epoch, self.position, self._iterator = self.batches.epoch + 1, 0, None
         if self._iterator is None:
             remaining = list(self.batches)[self.position :]
-            self._iterator = iter(loader(self.data, remaining))  # type: ignore[arg-type]
+            # Starting a DataLoader draws a number, which must not come from the generator that a resumed run restores.
+            rest = loader(self.data, remaining, generator=torch.Generator())  # type: ignore[arg-type]
+            self._iterator = iter(rest)
         self.position += 1
         return next(self._iterator)
 

@@ -165,6 +165,7 @@ class Trainer:
             UserError: If the checkpoint does not belong to this run.
         """
         self.fabric.launch()
+        total_steps = self.steps(train_data)
         if not isinstance(optimizer, Optimizer):
             optimizer = optimizer(model.parameters())
         state = State(
@@ -174,7 +175,7 @@ class Trainer:
             optimizer=optimizer,
             criterion=loss,
             epochs=self.epochs,
-            total_steps=self.steps(train_data),
+            total_steps=total_steps,
         )
         # Eyes on the trainer come last, so that they see what the other interventions left.
         bar = [ProgressBar(self._progress)] if self._progress and self.fabric.is_global_zero else []
@@ -182,9 +183,9 @@ class Trainer:
             checkpoint.seeded(self.seed + self.fabric.global_rank),
             self._in_place(state, [*self.interventions, *bar]),
         ):
-            run = _Run(self, state, scheduler, [*self.interventions, *bar])
-            run.resume(train_data)
-            return run.train(train_data, eval_data)
+            run = _Run(self, state, train_data, scheduler, [*self.interventions, *bar])
+            run.resume()
+            return run.train(eval_data)
 
     @contextmanager
     def _in_place(self, state: State, interventions: list[Intervention]) -> Iterator[None]:
@@ -203,15 +204,22 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Data, loss: Criterion | None = None) -> dict[str, float]:
-        """Measure ``metrics``, and ``loss`` where one is given, in evaluation mode."""
+        """Measure ``metrics``, and ``loss`` where one is given, in evaluation mode.
+
+        Processes may have different numbers of batches, hence the bare ``model``: DDP's would wait for the others.
+        """
         metrics, mean = self.metrics.clone().to(self.fabric.device), MeanMetric().to(self.fabric.device)
+        precision = self.fabric.strategy.precision
         was_training = model.training
-        model.eval()
-        for inputs, targets, *_ in self.loader(data, shuffle=False):
-            outputs = model(inputs)
-            metrics.update(outputs, targets)
-            if loss is not None:
-                mean.update(loss(outputs, targets), weight=len(targets))
+        self.fabric.to_device(model).eval()
+        with checkpoint.seeded(self.seed):  # looking must not change what training draws
+            for inputs, targets, *_ in self.loader(data, shuffle=False):
+                with precision.forward_context():
+                    outputs = model(precision.convert_input(inputs))
+                outputs = precision.convert_output(outputs)
+                metrics.update(outputs, targets)
+                if loss is not None:
+                    mean.update(loss(outputs, targets), weight=len(targets))
         model.train(was_training)
         figures = {name: float(value) for name, value in metrics.compute().items()}
         return figures | ({"eval/loss": float(mean.compute())} if loss is not None else {})
@@ -223,6 +231,8 @@ class Trainer:
     def loader(self, data: Data, *, shuffle: bool = True) -> DataLoader[Any]:
         """Batches of ``data`` on the device; each process gets its share."""
         if isinstance(data, DataLoader):
+            if not len(data):
+                raise UserError("the DataLoader holds no batch")
             return self.fabric.setup_dataloaders(data)  # type: ignore[return-value]
         batches = Batches(
             len(data),  # type: ignore[arg-type]
@@ -246,29 +256,34 @@ class _Run:
         self,
         trainer: Trainer,
         state: State,
+        train_data: Data,
         scheduler: Callable[[Optimizer], LRScheduler] | None,
         interventions: list[Intervention],
     ) -> None:
         self.trainer, self.state, self.interventions = trainer, state, interventions
         self.fabric = trainer.fabric
-        inner = getattr(state.optimizer, "optimizer", state.optimizer)
-        self.scheduler = scheduler(inner) if scheduler else None
+        self.batches = trainer.loader(train_data)
+        self.optimizer: Optimizer = getattr(state.optimizer, "optimizer", state.optimizer)  # without Fabric's wrapper
+        self.scheduler = scheduler(self.optimizer) if scheduler else None
         self.loss = compose_loss(interventions)
+        self.looks_at_gradients = trainer.clip_norm is not None or any(
+            type(i).on_gradients is not Intervention.on_gradients for i in interventions
+        )
         self.history = History()
         self.batch = 0  # batches of this epoch already used
         self.losses: list[Tensor] = []  # of the last steps, still on the device
         self.loss_sum, self.loss_count = 0.0, 0
         self.epoch_random: dict[str, Any] | None = None  # random state in which the epoch began
 
-    def train(self, train_data: Data, eval_data: Data | None) -> History:
-        state, batches = self.state, self.trainer.loader(train_data)
+    def train(self, eval_data: Data | None) -> History:
+        state = self.state
         while state.epoch < self.trainer.epochs:
-            self._epoch(batches)
+            self._epoch()
             self._call("on_epoch_end")
-            figures = {"train/loss": self.loss_sum / self.loss_count, **state.logs}
+            figures = {"train/loss": self.loss_sum / self.loss_count, **_floats(state.logs)}
             last = state.epoch + 1 == self.trainer.epochs
             if eval_data is not None and (last or (state.epoch + 1) % self.trainer.eval_every == 0):
-                figures |= self.trainer.evaluate(state.model, eval_data, state.criterion)
+                figures |= self.trainer.evaluate(state.module, eval_data, state.criterion)
             self.history.append(figures)
             self.fabric.log_dict({**figures, "epoch": state.epoch}, step=state.step)
             if self.scheduler and self.trainer.schedule == "epoch":
@@ -278,16 +293,12 @@ class _Run:
             self._save()
         return self.history
 
-    def _epoch(self, batches: DataLoader[Any]) -> None:
+    def _epoch(self) -> None:
         state, accumulate, every = self.state, self.trainer.accumulate, self.trainer.checkpoint_every
         state.model.train()
-        sampler = batches.sampler if batches.batch_size is None else batches.batch_sampler
-        if isinstance(sampler, Batches):
-            sampler.epoch = state.epoch
-        rest = self._start(batches)
         if self.batch == 0:
             self._call("on_epoch_start")
-        total = len(batches)
+        rest, total = self._start(), len(self.batches)
         for index, (state.inputs, state.targets, *extra) in enumerate(rest, self.batch):
             state.extra = tuple(extra)
             in_group = min(accumulate, total - index // accumulate * accumulate)
@@ -307,14 +318,11 @@ class _Run:
 
     def _step(self) -> None:
         state = self.state
+        if self.looks_at_gradients:  # "16-mixed" has scaled them so far
+            self.fabric.strategy.precision.unscale_gradients(self.optimizer)
         self._call("on_gradients")
         if self.trainer.clip_norm is not None:
-            self.fabric.clip_gradients(
-                state.model,
-                state.optimizer,
-                max_norm=self.trainer.clip_norm,
-                error_if_nonfinite=False,
-            )
+            nn.utils.clip_grad_norm_(self.fabric.strategy.precision.main_params(self.optimizer), self.trainer.clip_norm)
         state.optimizer.step()
         if self.scheduler and self.trainer.schedule == "step":
             self.scheduler.step()
@@ -341,26 +349,60 @@ class _Run:
                     f"the loss is {value} at epoch {self.state.epoch}, batch {batch} (both from 0); "
                     "lower the learning rate, set clip_norm, or look for NaN in the inputs"
                 )
-        self.loss_sum, self.loss_count = self.loss_sum + sum(values), self.loss_count + len(values)
+            self.loss_sum += value  # one by one, so that the sum does not depend on when it was looked at
+        self.loss_count += len(values)
         if self.fabric.loggers:
             self.fabric.log_dict({"train/step_loss": values[-1]}, step=self.state.step)
 
     # Place in the epoch. The loader is made again in the random state in which the epoch began and read up to
     # the place, so that any loader with its own order and transforms continues with the right batch.
 
-    def _start(self, batches: DataLoader[Any]) -> Iterator[Any]:
+    def _start(self) -> Iterator[Any]:
+        sampler = self.batches.sampler if self.batches.batch_size is None else self.batches.batch_sampler
+        if isinstance(sampler, Batches):
+            sampler.epoch = self.state.epoch
+        self.batches._num_iter_calls = self.state.epoch  # what Fabric gives to set_epoch of samplers
         if self.epoch_random is None:
-            self.epoch_random = checkpoint.random_state() | {"loader": _generator_state(batches)}
-            return iter(batches)
-        here = checkpoint.random_state()
-        checkpoint.set_random_state(self.epoch_random)
-        if (generator := getattr(batches, "generator", None)) is not None:
-            generator.set_state(self.epoch_random["loader"])
-        rest = iter(batches)
+            self.epoch_random = self._random_state()
+            return iter(self.batches)
+        here = self._random_state()
+        self._set_random_state(self.epoch_random)
+        rest = iter(self.batches)
         for _ in range(self.batch):
             next(rest)
-        checkpoint.set_random_state(here)
+        self._set_random_state(here)
         return rest
+
+    def _random_state(self) -> dict[str, Any]:
+        return checkpoint.random_state() | {"loader": [g.get_state() for g in _generators(self.batches)]}
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        checkpoint.set_random_state(state)
+        for generator, content in zip(_generators(self.batches), state["loader"], strict=True):
+            generator.set_state(content)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What a checkpoint holds by its ``state_dict``."""
+        parts = {
+            "model": self.state.module,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "precision": self.fabric.strategy.precision,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes from it must share."""
+        return {
+            "interventions": [type(i).__name__ for i in self.trainer.interventions],
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": type(self.scheduler).__name__ if self.scheduler else "none",
+            "seed": self.trainer.seed,
+            "steps": self.state.total_steps,
+            "processes": self.fabric.world_size,
+        }
 
     def _save(self) -> None:
         path, state = self.trainer.checkpoint_path, self.state
@@ -368,7 +410,7 @@ class _Run:
             return
         self._look_at_losses()
         mine = {
-            "random": checkpoint.random_state(),
+            "random": self._random_state(),
             "epoch_random": self.epoch_random,
             "interventions": [i.state_dict() for i in self.interventions],
         }
@@ -380,41 +422,32 @@ class _Run:
             checkpoint.save(
                 path,
                 {
-                    "names": [type(i).__name__ for i in self.trainer.interventions],
-                    "seed": self.trainer.seed,
-                    "total_steps": state.total_steps,
+                    "run": self._identity,
                     "epoch": state.epoch,
                     "batch": self.batch,
                     "step": state.step,
                     "loss": [self.loss_sum, self.loss_count],
-                    "logs": state.logs,
+                    "logs": _floats(state.logs),
                     "history": list(self.history),
-                    "model": state.module.state_dict(),
-                    "optimizer": state.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+                    "parts": {name: part.state_dict() for name, part in self._parts.items()},
                     "processes": per_process,
                 },
             )
         self.fabric.barrier()
 
-    def resume(self, train_data: Data) -> None:
+    def resume(self) -> None:
         path, state = self.trainer.checkpoint_path, self.state
         if path is None or not path.exists():
             return
         saved = checkpoint.load(path)
-        expected = {
-            "interventions": (saved["names"], [type(i).__name__ for i in self.trainer.interventions]),
-            "seed": (saved["seed"], self.trainer.seed),
-            "steps": (saved["total_steps"], state.total_steps),
-            "processes": (len(saved["processes"]), self.fabric.world_size),
-        }
-        for name, (was, now) in expected.items():
-            if was != now:
-                raise UserError(f"checkpoint {path} is of another run: its {name} were {was}, here {now}; delete it")
-        state.module.load_state_dict(saved["model"])
-        state.optimizer.load_state_dict(saved["optimizer"])
-        if self.scheduler:
-            self.scheduler.load_state_dict(saved["scheduler"])
+        for name, here in self._identity.items():
+            if (was := saved["run"][name]) != here:
+                raise UserError(f"checkpoint {path} is of another run: {name} {was}, here {here}; delete it")
+        for name, part in self._parts.items():
+            try:
+                part.load_state_dict(saved["parts"][name])
+            except (RuntimeError, ValueError) as error:
+                raise UserError(f"checkpoint {path} is of another run: {name} of other shapes; delete it") from error
         mine = saved["processes"][self.fabric.global_rank]
         for intervention, content in zip(self.interventions, mine["interventions"], strict=False):
             intervention.load_state_dict(content)
@@ -422,9 +455,15 @@ class _Run:
         (self.loss_sum, self.loss_count), state.logs = saved["loss"], saved["logs"]
         self.history.extend(saved["history"])
         self.epoch_random = mine["epoch_random"]
-        checkpoint.set_random_state(mine["random"])
+        self._set_random_state(mine["random"])
 
 
-def _generator_state(batches: DataLoader[Any]) -> Tensor | None:
-    generator = getattr(batches, "generator", None)
-    return generator.get_state() if generator is not None else None
+def _generators(batches: DataLoader[Any]) -> list[torch.Generator]:
+    """The generators of a loader and its samplers, which draw its order."""
+    holders = (batches, batches.sampler, getattr(batches.batch_sampler, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return [generator for generator in found if generator is not None]
+
+
+def _floats(logs: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in logs.items()}

@@ -167,6 +167,7 @@ def trial(run: Run, arm: str, settings: LogitClipSettings) -> dict[str, float]:
         candidates = [(f"lr{lr:g}", lr, []) for lr in rates]
     else:
         candidates = [(f"tau{tau:g}", settings.lr, [BOUNDS[bound](tau)]) for tau in settings.taus]
+    run.trainings = len(NOISE) * len(candidates)
     figures: dict[str, float] = {}
     for kind in NOISE:
         data = Noisy(run, settings, kind)
@@ -185,6 +186,7 @@ def trial(run: Run, arm: str, settings: LogitClipSettings) -> dict[str, float]:
 def train(
     run: Run, settings: LogitClipSettings, interventions: Callable[[Task], list[Intervention]]
 ) -> dict[str, float]:
+    run.trainings = len(NOISE)
     figures = {}
     for kind in NOISE:
         data = Noisy(run, settings, kind)

@@ -1,0 +1,1 @@
+"""Methods whose claims are measured in no time, for the tests of the bench."""

@@ -1,0 +1,32 @@
+"""Surroundings of every test: shapes checked, one thread, fixed draws, real data where it lies beside the checkout."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in the tests' subprocesses
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import settings
+
+# Before the first import of these: the hook checks the signatures of what it imports.
+jaxtyping.install_import_hook(["paperworks.nn", "paperworks.data", "paperworks.robust"], "shapes.check")
+
+torch.set_num_threads(1)
+
+settings.register_profile("same-every-time", derandomize=True, deadline=None)
+settings.load_profile("same-every-time")
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+if DATA.is_dir():
+    os.environ.setdefault("PAPERWORKS_DATA", str(DATA))
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Signatures as users have them: for bad input that the code itself must refuse, and for ``torch.compile``."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
