@@ -108,8 +108,9 @@ def show(slug: str, as_json: bool, results: Path) -> None:
     if measured:
         click.echo(f"Measured at {measured['scale']} with {measured['seeds']} seeds: {measured['verdict']}")
         for found in measured["expectations"]:
-            ends = " … ".join("∞" if end is None else f"{end:.4g}" for end in (found["low"], found["high"]))
-            click.echo(f"  {found['name']}: {found['estimate']:.4g} ({ends}): {found['verdict']}")
+            low = "−∞" if found["low"] is None else f"{found['low']:.4g}"
+            high = "∞" if found["high"] is None else f"{found['high']:.4g}"
+            click.echo(f"  {found['name']}: {found['estimate']:.4g} ({low} … {high}): {found['verdict']}")
     click.echo(f"Check: paperworks check {card.slug}")
 
 
@@ -314,16 +315,18 @@ def _card_json(card: Card) -> dict[str, Any]:
 def _last_result(slug: str, results: Path) -> dict[str, Any] | None:
     for scale in reversed(SCALES):
         try:
-            return json.loads((results / slug / f"{scale}.json").read_text("utf-8"))
+            found = json.loads((results / slug / f"{scale}.json").read_text("utf-8"))
         except (OSError, ValueError):
             continue
+        if isinstance(found, dict) and found.keys() >= {"scale", "seeds", "verdict", "expectations"}:
+            return found
     return None
 
 
 def _wrapped(text: str) -> str:
-    return click.wrap_text(
-        text.strip("\n"), width=min(100, shutil.get_terminal_size().columns), preserve_paragraphs=True
-    )
+    width = min(100, shutil.get_terminal_size().columns)
+    lead = "\n" if text.startswith("\n") else ""  # which click would drop
+    return lead + click.wrap_text(text, width=width, preserve_paragraphs=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,19 +1,24 @@
+import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 
 from paperworks.bench import load_claim
+from paperworks.bench.check import Plan, Records
 from paperworks.catalog import catalog
 from paperworks.cli import main
 
 PLUGIN = Path(__file__).parent / "plugin"
+UNDISTURBED = {}
 
 
 class Done(NamedTuple):
@@ -57,9 +62,54 @@ def paperworks(capfd):
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
+        if "processes" in arguments:  # the next ones must see their own variables
+            get_reusable_executor(reuse=True).shutdown(kill_workers=True)
         return Done(ended.value.code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def trials(monkeypatch, tmp_path_factory):
+    """The trials that were begun, in whatever process."""
+    path = tmp_path_factory.mktemp("trials") / "begun"
+    monkeypatch.setenv("TINY_TRIALS", str(path))
+    return lambda: path.read_text().splitlines() if path.exists() else []
+
+
+def read(store="paperworks-runs"):
+    found = {}
+    for path in Path(store).glob("tiny/*/*.json"):
+        record = json.loads(path.read_text())
+        found[record["arm"], record["seed"]] = record["metrics"], record["curves"], record["artefacts"]
+    return found
+
+
+@pytest.fixture
+def stored():
+    """What is stored of the trials of ``tiny``."""
+    return read
+
+
+@pytest.fixture
+def leftovers():
+    """Files that only a fault may leave in a store."""
+    places, kinds = ("live",), (".partial", ".pt")
+    return lambda: [
+        path for path in Path("paperworks-runs").rglob("*") if path.suffix in kinds or path.parent.name in places
+    ]
+
+
+@pytest.fixture
+def undisturbed(tiny, tmp_path_factory):
+    """What the store of ``check tiny`` holds where nothing went wrong."""
+    if not UNDISTURBED:
+        store = tmp_path_factory.mktemp("undisturbed")
+        plan = Plan(executor="serial", store=str(store))
+        for _ in Records(plan, plan.trials(tiny)).measure():
+            pass
+        UNDISTURBED.update(read(store))
+    return dict(UNDISTURBED)
 
 
 @pytest.fixture
@@ -75,10 +125,8 @@ def start():
 
     yield run
     for process in started:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.communicate()
 
 

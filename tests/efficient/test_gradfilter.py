@@ -658,3 +658,16 @@ def test_a_model_without_convolutions_gets_a_clear_error():
         train(model=model)
     with refused("patch must be a positive integer, got 0"):
         GradientFilter(patch=0)
+
+
+# The claim.
+
+
+def test_users_share_the_classes_unequally():
+    from paperworks.claims.efficient.gradfilter import by_class
+
+    labels = torch.arange(4).repeat(50)
+    first, second = by_class(labels, 4, 0.9)
+    assert torch.bincount(labels[first]).tolist() == [45, 45, 5, 5]
+    assert torch.bincount(labels[second]).tolist() == [5, 5, 45, 45]
+    assert sorted(torch.cat([first, second]).tolist()) == list(range(200))

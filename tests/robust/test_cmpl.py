@@ -1,4 +1,6 @@
 import math
+import os
+import socket
 from functools import partial
 
 import pytest
@@ -615,6 +617,35 @@ def test_it_trains_residual_networks_on_colour_clips():
     )
     assert weights(auxiliary).isfinite().all()
     assert not torch.equal(weights(auxiliary), before)
+
+
+def _share(rank, port, folder):
+    if port:
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+        torch.set_num_threads(1)
+    primary, auxiliary = network(0), network(1, width=2)
+    primary[1], auxiliary[1] = nn.Identity(), nn.Identity()  # BatchNorm would see a process's clips alone
+    plain = ClipAugment(weak_transforms=(), strong_transforms=())
+    method = CMPL(auxiliary, clips_and_labels(14, 5)[0], batch_size=6, augment=plain, threshold=0.34)
+    parallel = {"devices": 2, "strategy": "ddp"} if port else {}
+    trainer = Trainer(2, interventions=[method], batch_size=4, accelerator="cpu", drop_last=True, **parallel)
+    data = TensorDataset(*clips_and_labels(10))
+    history = trainer.fit(primary, data, loss=nn.CrossEntropyLoss(), optimizer=partial(SGD, lr=0.1))
+    torch.save((weights(primary, auxiliary), dict(history.last)), folder / f"{port > 0}{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_share, (port, tmp_path), nprocs=2)
+    _share(0, 0, tmp_path)
+    alone, expected = torch.load(tmp_path / "False0.pt")
+    for rank in range(2):
+        parameters, figures = torch.load(tmp_path / f"True{rank}.pt")
+        assert torch.allclose(parameters, alone, atol=1e-6)
+        assert figures == pytest.approx(expected, abs=1e-6)
 
 
 # The split

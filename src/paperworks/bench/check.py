@@ -105,7 +105,7 @@ class Records:
         self.store.check_writable()
         plan = self.plan
         options: dict[str, Any] = {"workers": plan.workers, "threads": plan.threads, "fresh": plan.fresh}
-        for trial in execute(self.pending, plan.store, plan.executor, **options):
+        for trial in execute(self.pending, self.store.address, plan.executor, **options):
             if not self._load(trial):
                 raise UserError(f"the record of {trial.key} vanished from the store {plan.store}")
             self.done += 1
@@ -118,7 +118,7 @@ class Records:
     def artefact(self, record: dict[str, Any], name: str) -> bytes:
         """The content of a record's figure or file."""
         trial = next(t for t in self.trials if self._found[t.key] is record)
-        return self.store.read(f"{trial.claim}/{trial.scale}/{trial.key}/{name}")
+        return self.store.read(self.store.artefact(trial, name))
 
     def _load(self, trial: Trial) -> bool:
         try:

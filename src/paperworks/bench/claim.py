@@ -122,6 +122,8 @@ def claim(
     for arm in arms:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+._-]*", arm):
             raise UserError(f"arm {arm!r} must consist of letters, digits and + . _ -")
+    if not expects:
+        raise UserError(f"the claim of {slug} expects nothing")
     for expectation in expects:
         for arm in expectation.arms:
             if arm not in arms:

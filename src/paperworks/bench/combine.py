@@ -151,7 +151,7 @@ def figure(found: Combination) -> Figure:
 
 def publish(found: Combination, results: Path) -> Path:
     """Write JSON, picture and page into ``results/combine/``; returns the page."""
-    stem = f"{found.on}--{'+'.join(found.methods)}-{found.scale}-{found.metric}"
+    stem = f"{found.on}--{'+'.join(found.methods)}-{found.scale}-{found.metric.replace('/', '-')}"
     folder = results / "combine"
     png = figure_png(figure(found))
     write(folder / f"{stem}.json", found.model_dump_json(indent=1).encode() + b"\n")

@@ -54,7 +54,8 @@ def execute(
     else:
         options = {"backend": "sequential", "n_jobs": 1}
     with parallel_config(**options):
-        run = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
+        returns = "list" if executor == "ray" else "generator_unordered"  # joblib's Ray backend has no generators
+        run = Parallel(return_as=returns, batch_size=1, pre_dispatch="all")
         yield from run(delayed(measure)(trial, store_url, threads, fresh=fresh) for trial in trials)
 
 

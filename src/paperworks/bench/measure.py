@@ -48,7 +48,6 @@ def measure(trial: Trial, store_url: str, threads: int = 1, *, fresh: bool = Fal
             return trial
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
-        files = f"{trial.claim}/{trial.scale}/{trial.key}"
         live = f"live/{trial.key}.json"
 
         def report(state: dict[str, Any]) -> None:
@@ -61,7 +60,7 @@ def measure(trial: Trial, store_url: str, threads: int = 1, *, fresh: bool = Fal
             device=trial.device,
             data_root=Path(trial.data_root) if trial.data_root else None,
             folder=folder,
-            keep=lambda name, content: store.write(f"{files}/{name}", content),
+            keep=lambda name, content: store.write(store.artefact(trial, name), content),
             report=report,
         )
         run.progress(0.0, "starts")

@@ -64,6 +64,9 @@ class Store:
 
     Args:
         url: A folder, or any URL that fsspec opens: ``s3://bucket/runs``, ``memory://runs`` …
+
+    Attributes:
+        address: The URL for processes that work in other folders.
     """
 
     def __init__(self, url: str) -> None:
@@ -74,6 +77,7 @@ class Store:
             raise UserError(f"cannot open the store {url!r}: {error}") from error
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
+        self.address = self.root if self.local else url
 
     def check_writable(self) -> None:
         """Find out before hours of work, not after.
@@ -155,11 +159,16 @@ class Store:
         with suppress(OSError):
             self.fs.rm_file(f"{self.root}/{path}")
 
+    def artefact(self, trial: Trial, name: str) -> str:
+        """Where an artefact of a trial stands, relative to the root."""
+        return f"{self.path(trial).removesuffix('.json')}/{name}"
+
     def load(self, trial: Trial) -> dict[str, Any] | None:
         """The record of a trial, or nothing if it was not measured yet.
 
         Raises:
-            DamagedRecord: If the record is truncated, edited, or of another version of format or claim.
+            DamagedRecord: If the record is truncated, edited, or of another version of format or claim, or an
+                artefact is not the one that was measured.
         """
         try:
             text = self.read(self.path(trial))
@@ -180,6 +189,13 @@ class Store:
             raise DamagedRecord("the record is of another trial")
         if record.get("code") != trial.code:
             raise DamagedRecord("measured by another text of the claim")
+        for name, digest in record["artefacts"].items():
+            try:
+                content = self.read(self.artefact(trial, name))
+            except OSError as error:
+                raise DamagedRecord(f"its artefact {name} is gone") from error
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise DamagedRecord(f"its artefact {name} is not the one that was measured")
         return record | {"checksum": checksum}
 
 

@@ -64,7 +64,9 @@ class IERNSettings(Settings):
     plain_epochs: int = scaled(smoke=1, quick=48, full=120, ge=1, description="passes of the plain arms: equal time")
     batch_size: int = Field(64, ge=2, description="examples a step")
     lr: float = Field(0.01, gt=0, description="Adam's learning rate with IERN; falls to 0 linearly")
-    plain_lr: float = Field(0.003, gt=0, description="that of the plain arms")
+    feature_lr: float = Field(0.001, gt=0, description="that of IERN's step 3")
+    plain_lr: float = Field(0.01, gt=0, description="that of the plain arms")
+    plain_decay: float = Field(0.0, ge=0, description="their weight decay")
     confusion_weight: float = Field(10.0, ge=0, description="of IERN's confusion loss")
     center_weight: float = Field(5e-4, gt=0, description="of IERN's centre loss")
     prior: Literal["uniform", "empirical"] = Field("uniform", description="IERN's P(z)")
@@ -168,7 +170,7 @@ def train_arm(run: Run, settings: IERNSettings, arm: str, data: SourcedData, nam
     """Train one arm; returns a module from images to logits, in evaluation mode."""
     if arm.startswith("iern"):
         model = build(run, settings, data, arm)
-        optimizers = model.optimizers(settings.lr, settings.lr, betas=(0.9, 0.999))
+        optimizers = model.optimizers(settings.lr, settings.lr, settings.feature_lr, betas=(0.9, 0.999))
         fit(run, settings, name, model, data, settings.epochs, optimizers.classifier, [Disentangle(optimizers)])
         return model.eval()
     joined: dict[str, Callable[[], list[Intervention]]] = {
@@ -185,7 +187,7 @@ def train_plain(
     """Train base, encoder and head as a plain classifier."""
     whole = build(run, settings, data)
     model = nn.Sequential(whole.base, whole.emotion_encoder, whole.head)
-    optimizer = partial(Adam, lr=settings.plain_lr)
+    optimizer = partial(Adam, lr=settings.plain_lr, weight_decay=settings.plain_decay)
     fit(run, settings, name, model, data, settings.plain_epochs, optimizer, interventions)
     return model.eval()
 

@@ -10,8 +10,9 @@ the training leaves over, or the official test split. ``random-saliency`` is R-M
 
 What is known not to hold at this scale: 8x8 digits are hostile to mixing. Over no mixing at all R-Mix gains nothing,
 calibration and accuracy under attack get *worse* (networks trained on mixed labels are under-confident), and saliency
-brings nothing over noise in its place. At full scale the arm ``rmix`` also trains RL-Mix for its reward curve: a
-learned threshold needs a hundred times the steps to matter.
+brings nothing over noise in its place. At full scale the arm ``rmix`` also trains RL-Mix, beside the same with an agent
+that never learns; a learned threshold needs a hundred times the steps to matter, and the reward falls in both as the
+classifier grows sure of itself.
 """
 
 from collections.abc import Callable
@@ -54,7 +55,7 @@ class RMixSettings(Settings):
     lr: float = scaled(smoke=0.1, quick=0.1, full=0.3, gt=0, description="largest learning rate of the cycle")
     patches: tuple[int, ...] = Field((2, 4), min_length=1, description="patches a side, drawn for every batch")
     epsilon: float = scaled(smoke=0.1, quick=0.1, full=8 / 255, ge=0, description="change of each pixel under attack")
-    agent_epochs: int = scaled(smoke=0, quick=0, full=40, ge=0, description="RL-Mix in arm rmix; 0: none")
+    agent_epochs: int = scaled(smoke=0, quick=0, full=20, ge=0, description="RL-Mix in arm rmix; 0: none")
     agent_steps: int = Field(200, ge=2, description="batches between two updates of RL-Mix's agent")
 
 
@@ -203,33 +204,34 @@ def trial(run: Run, arm: str, settings: RMixSettings) -> dict[str, float]:
 
 
 def _rl_mix(run: Run, settings: RMixSettings, data: LabelledData, test: LabelledData) -> dict[str, float]:
-    """Train with learned thresholds; the agent's reward goes into a curve."""
+    """Train with an agent that learns thresholds, and with one that does not, whose reward is what chance earns."""
     from paperworks.robust.rmix import train_rl_mix
 
     batch_size = min(settings.batch_size, len(data))
-    model = _network(run, settings, data).to(run.device)
-    _, history = train_rl_mix(
-        model,
-        data.dataset(),
-        epochs=settings.agent_epochs,
-        num_classes=data.num_classes,
-        optimizer=_optimizer(settings),
-        scheduler=_cycle(settings, settings.agent_epochs * (len(data) // batch_size)),
-        batch_size=batch_size,
-        patches=settings.patches,
-        n_steps=settings.agent_steps,
-        seed=run.seed,
-        progress=run.progress,
-    )
-    rewards = history.column("reward")
-    for epoch, reward in enumerate(rewards, 1):
-        run.log(epoch, **{"reward of RL-Mix's agent": reward})
-    tenth = max(1, len(rewards) // 10)
-    return {
-        "rl_accuracy": _measure(model, test, settings.epsilon)["accuracy"],
-        "rl_reward_first": sum(rewards[:tenth]) / tenth,
-        "rl_reward_last": sum(rewards[-tenth:]) / tenth,
-    }
+    metrics = {}
+    for ending, rate in {"": 3e-4, "_random": 0.0}.items():
+        model = _network(run, settings, data).to(run.device)
+        _, history = train_rl_mix(
+            model,
+            data.dataset(),
+            epochs=settings.agent_epochs,
+            num_classes=data.num_classes,
+            optimizer=_optimizer(settings),
+            scheduler=_cycle(settings, settings.agent_epochs * (len(data) // batch_size)),
+            batch_size=batch_size,
+            patches=settings.patches,
+            learning_rate=rate,
+            n_steps=settings.agent_steps,
+            seed=run.seed,
+            progress=run.progress,
+        )
+        rewards = history.column("reward")
+        for epoch, reward in enumerate(rewards, 1):
+            run.log(epoch, **{"reward of the agent" if rate else "reward of random thresholds": reward})
+        tail = rewards[-max(1, len(rewards) // 10) :]
+        metrics[f"rl_reward{ending}"] = sum(tail) / len(tail)
+        metrics[f"rl_accuracy{ending}"] = _measure(model, test, settings.epsilon)["accuracy"]
+    return metrics
 
 
 def _mixed_images(model: nn.Module, data: LabelledData, settings: RMixSettings, pairs: int = 8) -> Figure:

@@ -32,8 +32,8 @@ class _Times(NamedTuple):
 
 # Least squares over 136 layers (1x1 to 5x5, 16 to 512 channels, batches of 1 to 32), one thread of a Zen 5 CPU
 # with oneDNN, contiguous maps. A gain is a ratio of two such times, so that the speed of the machine falls out.
-_DENSE = _Times(0.15, 0.0108, 0.44, 1.4), _Times(0.19, 0.034, 0.79, 1.15)
-_DEPTHWISE = _Times(0.12, 0.15, 0.0, 0.0), _Times(0.15, 1.6, 0.72, 0.0)
+_DENSE = _Times(0.12, 0.0094, 0.39, 1.5), _Times(0.18, 0.033, 0.46, 1.2)
+_DEPTHWISE = _Times(0.12, 0.12, 0.0, 0.0), _Times(0.15, 1.4, 0.41, 0.0)
 
 
 def backward_cost(

@@ -7,9 +7,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-CACHED_BYTES = 2**20
-"""Size of a copy that a core's cache holds."""
-
 
 @dataclass(frozen=True)
 class PatchGrid:
@@ -75,18 +72,19 @@ class PatchGrid:
 def _pool(
     images: Float[Tensor, "n c height width"], patch: tuple[int, int], offset: tuple[int, int], divisor: int | None
 ) -> Float[Tensor, "n c p q"]:
-    def pooled(part: Tensor) -> Tensor:
-        return F.avg_pool2d(
-            part, patch, stride=patch, padding=offset, count_include_pad=False, divisor_override=divisor
-        )
-
-    channels_last = torch.channels_last
-    if images.device.type != "cpu" or images.is_contiguous(memory_format=channels_last) or not len(images):
-        return pooled(images).contiguous(memory_format=channels_last)
-    # CPUs pool channels-last maps several times faster than others, even with the copy, if that stays in the cache.
-    part = max(1, CACHED_BYTES // (images[0].numel() * images.element_size()))
-    parts = [pooled(some.contiguous(memory_format=channels_last)) for some in torch.split(images, part)]
-    return torch.cat(parts).contiguous(memory_format=channels_last)
+    (tall, wide), rows_summed = patch, 1
+    if images.device.type == "cpu":  # pools channels-last maps several times faster, even with the copy
+        if images.is_contiguous() and tall > 1 and images.shape[2] % tall == 0:
+            # Whole rows add up at full speed in the layout that is there, and leave less to copy.
+            summed = images[:, :, ::tall] + images[:, :, 1::tall]
+            for row in range(2, tall):
+                summed += images[:, :, row::tall]
+            images, offset, rows_summed, tall = summed, (0, offset[1]), tall, 1
+        images = images.contiguous(memory_format=torch.channels_last)
+    pooled = F.avg_pool2d(
+        images, (tall, wide), padding=offset, count_include_pad=False, divisor_override=divisor
+    ).contiguous(memory_format=torch.channels_last)
+    return pooled.div_(rows_summed) if divisor is None and rows_summed > 1 else pooled
 
 
 def _cells_of_pixels(length: int, count: int, size: int, offset: int, device: torch.device) -> tuple[Tensor, int, int]:

@@ -101,13 +101,15 @@ class CMPL(Intervention):
 
     def _record(self, stats: PseudoLabelStats) -> None:
         figures = torch.cat([stats.mask_rate, stats.confidence, stats.agreement[None]]).double()
-        self._sums = figures if self._steps == 0 else self._sums + figures
+        self._sums = figures if self._steps == 0 else self._sums.to(figures) + figures
         self._steps += 1
 
     def on_epoch_end(self, state: State) -> None:
-        figures = (self._sums / self._steps).tolist()
+        figures = self._sums / self._steps
+        if state.fabric.world_size > 1:
+            figures = state.fabric.all_reduce(figures, reduce_op="mean")  # type: ignore[assignment]
         labels = [f"{name}{figure}" for figure in ("mask_rate", "confidence") for name in self.names] + ["agreement"]
-        state.logs.update(zip(labels, figures, strict=True))
+        state.logs.update(zip(labels, figures.tolist(), strict=True))
         self._steps = 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,10 +26,10 @@ class SwapConstraint(Intervention):
 
     $$\ell + \lambda\,\tfrac1N\sum_i \max\big(0,\ d(x_i, D(v(x_i), s(x'_i))) - \gamma\big) + w\,\ell_{\text{swaps}}.$$
 
-    Positives $x'$ are drawn from the batch; images that are alone in their class there are left out of the
-    constraint. Swaps are made by a frozen copy of the networks as they were after the warm-up, and left out if those
-    rebuilt images no better than ``augment_below``. Soft targets count as their largest class when positives are
-    drawn. The swaps pass through the model in training mode, and so through its batch statistics.
+    Positives $x'$ are drawn from the batch; an image that is alone in its class there is its own. Swaps are made by a
+    frozen copy of the networks as they were after the warm-up, and left out if those rebuilt images no better than
+    ``augment_below``. Soft targets count as their largest class when positives are drawn. The swaps pass through the
+    model in training mode, and so through its batch statistics.
 
     Args:
         input_shape: ``(channels, height, width)`` of the images; the sides multiples of 4.
@@ -101,17 +101,12 @@ class SwapConstraint(Intervention):
         if not warming and self.frozen is None:
             self._freeze()
 
-        labels = targets if targets.ndim == 1 else targets.argmax(-1)
-        paired = (labels[:, None] == labels).sum(1) > 1
-        if paired.any():
-            rows = paired.nonzero().squeeze(1)
-            positive = same_class_positives(labels, self.random, rows=rows)
-            rebuilt = self.wrapped(x[rows], (semantics.detach() if warming else semantics)[positive])
-            margin = 0.0 if warming else self.multiplier.margin
-            violation, distance = reconstruction_violation(x[rows], rebuilt, margin)
-            distance = self._mean_over_processes(state, distance.detach())
-            self.error = torch.where(self.error.isinf(), distance, self.error.lerp(distance, 0.05))
-            loss = loss + (violation if warming else self.multiplier.update(distance) * violation)
+        positive = self._positives(targets if targets.ndim == 1 else targets.argmax(-1))
+        rebuilt = self.wrapped(x, (semantics.detach() if warming else semantics)[positive])
+        violation, distance = reconstruction_violation(x, rebuilt, 0.0 if warming else self.multiplier.margin)
+        distance = self._mean_over_processes(state, distance.detach())
+        self.error = torch.where(self.error.isinf(), distance, self.error.lerp(distance, 0.05))
+        loss = loss + (violation if warming else self.multiplier.update(distance) * violation)
         if self.augments:
             perm = partners(len(x), x.device)
             with state.fabric.autocast():
@@ -156,6 +151,12 @@ class SwapConstraint(Intervention):
             assert self.frozen is not None
             self.frozen.load_state_dict(state_dict["frozen"])
         self.augments = state_dict["augments"]
+
+    def _positives(self, labels: Tensor) -> Tensor:
+        positive = torch.arange(len(labels), device=labels.device)
+        paired = ((labels[:, None] == labels).sum(1) > 1).nonzero().squeeze(1)
+        positive[paired] = same_class_positives(labels, self.random, rows=paired)
+        return positive
 
     def _freeze(self) -> None:
         self.augments = self.augment_weight > 0 and float(self.error) < self.augment_below

@@ -313,7 +313,10 @@ class DDG(nn.Module):
         networks = {"semantic": self.semantic, "variation": self.variation, "decoder": self.decoder}
         self.frozen = nn.ModuleDict(copy.deepcopy(networks)).requires_grad_(False).eval()
         trained = [p for p in (*self.semantic.parameters(), *self.classifier.parameters()) if p.requires_grad]
-        self._optimizers = {"classifier": Adam(trained, lr=self.lr, fused=True), "generator": self._generator_optimizer()}
+        self._optimizers = {
+            "classifier": Adam(trained, lr=self.lr, fused=True),
+            "generator": self._generator_optimizer(),
+        }
         self._schedules = []
 
     def _descend(self, loss: Tensor, *names: str) -> None:

@@ -67,7 +67,7 @@ def stage0_terms(
     with torch.no_grad():
         s = semantic(x)
     v = variation(x)
-    rebuilt, swaps = decoder(v, s), decoder(*swap(v, s, perm))
+    rebuilt, swaps = decoder(torch.cat([v, v]), torch.cat([s, swap(v, s, perm)[1]])).split(len(x))
     reconstruction = reconstruction_violation(x, rebuilt, 0.0)[1]
     if not cycle:
         return Stage0(reconstruction, x.new_zeros(()), swaps)

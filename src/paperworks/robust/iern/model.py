@@ -159,9 +159,24 @@ class IERN(nn.Module):
         return self.emotion_discriminator, self.source_discriminator
 
     def optimizers(
-        self, lr: float = 2e-4, base_lr: float = 1e-4, *, betas: tuple[float, float] = (0.5, 0.999)
+        self,
+        lr: float = 2e-4,
+        base_lr: float = 1e-4,
+        feature_lr: float | None = None,
+        *,
+        betas: tuple[float, float] = (0.5, 0.999),
     ) -> Optimizers:
-        """The three Adams of the reference implementation, for all networks ``lr`` and for the base ``base_lr``."""
+        """The three Adams of the reference implementation.
+
+        Adam forgets the size of a loss, so whatever their weights, steps 3 and 4 pull at the emotion encoder as
+        strongly as their rates say: reconstruction (which keeps the source) against classification.
+
+        Args:
+            lr: Rate of steps 2 and 4.
+            base_lr: Rate of the base in step 4.
+            feature_lr: Rate of step 3; that of the others by default, as in the reference implementation.
+            betas: Adam's.
+        """
 
         def parameters(*networks: nn.Module) -> list[nn.Parameter]:
             return [p for network in networks for p in network.parameters()]
@@ -172,7 +187,9 @@ class IERN(nn.Module):
         ]
         return Optimizers(
             discriminators=Adam(parameters(*self._discriminators), lr, betas),
-            features=Adam(parameters(self.emotion_encoder, *self._disentanglers), lr, betas),
+            features=Adam(
+                parameters(self.emotion_encoder, *self._disentanglers), lr if feature_lr is None else feature_lr, betas
+            ),
             classifier=Adam(classifier, lr, betas),
         )
 

@@ -40,7 +40,7 @@ class Tiny(Intervention):
 
 
 class Fault(Intervention):
-    """What ``TINY_FAULT=kind@arm-seed`` asks for happens in the second epoch of that trial, or the first if it is last."""
+    """What ``TINY_FAULT=kind@arm-seed`` asks for happens in that trial, in its second epoch or its last."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -103,9 +103,7 @@ def trial(run: Run, arm: str, settings: TinySettings) -> dict[str, float]:
 
 
 @trial.host
-def train(
-    run: Run, settings: TinySettings, interventions: Callable[[Task], list[Intervention]]
-) -> dict[str, float]:
+def train(run: Run, settings: TinySettings, interventions: Callable[[Task], list[Intervention]]) -> dict[str, float]:
     kinds = [type(i) for i in interventions(Task(2, (3,), 24, settings.epochs, run.seed))]
     tiny, nudge = (kind in kinds for kind in (Tiny, Nudge))
     return {"score": run.seed + 1.0 * tiny + 2.0 * nudge + 0.5 * (tiny and nudge), "size/small": 1.0}

@@ -1,0 +1,1 @@
+"""Claims about less work per step."""
