@@ -48,7 +48,7 @@ def test_the_loss_is_the_weighted_sum_of_the_groups_losses():
     q = torch.softmax(0.01 * losses.detach(), 0)
     dro = GroupDRO(3, 2)
     history = fit(net, [dro])
-    assert history.last["train/loss"] == pytest.approx(float((q * losses).sum()), rel=1e-5)
+    assert history.last["train/loss"] == pytest.approx((q * losses).sum().item(), rel=1e-5)
     torch.testing.assert_close(dro.weights, q)
 
 

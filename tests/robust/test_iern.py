@@ -396,6 +396,13 @@ def test_gradients_that_are_pending_survive_the_disentangling_steps():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.emotion_encoder.parameters(), pending, strict=True))
 
 
+def test_the_rates_of_the_steps():
+    optimizers = small_iern().optimizers(1e-2, 1e-3, 1e-4)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    assert rates == [[1e-2], [1e-4], [1e-2, 1e-3]]
+    assert small_iern().optimizers().features.param_groups[0]["lr"] == 2e-4
+
+
 def test_outside_its_step_nothing_else_requires_gradients():
     model = small_iern()
     model.training_step(*batch(), model.optimizers())

@@ -8,14 +8,17 @@ success there must come from elsewhere). Both are accuracies on held-out images 
 and networks are drawn anew for each seed.
 
 The baselines are plain training (ERM), DANN and GroupDRO. All arms start from the same base, encoder and head; the
-plain ones take three times as many steps, which lasts as long. Learning rates and one setting of each method were
-chosen among six candidates each on seeds 100 and 101, which are not used here, by out-of-style accuracy at 95 %.
+plain ones take about three times as many steps, which lasts as long. Two settings of each arm were chosen among six
+candidates by out-of-style accuracy at 95 % on seeds 100 and 101, which are not used here: ERM's learning rate and
+weight decay, DANN's and GroupDRO's learning rate and strength, IERN's confusion weight and the rate of its third step.
+The search was not equally wide beforehand: IERN's depth, learning rate and centre weight were tried out on the same two
+seeds, and at the paper's equal rates for steps 3 and 4 it stayed far below ERM (0.41 to 0.44 against 0.78).
 
 Linear probes on held-out images tell the source from the pooled context half (``source_from_context``) and from the
 emotion half (``source_from_emotion``; chance is 1/3); ``spread`` is how much a prediction depends on the stratum.
 
 What is known not to hold at this scale: the emotion half still tells the source. Each discriminator is trained on its
-own half only, so neither is a real adversary of the other half. Without that, the adjustment has nothing to remove.
+own half only, so neither is a real adversary of the other half; DANN, whose discriminator is one, does better.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,17 +64,18 @@ class IERNSettings(Settings):
     encoder_blocks: int = scaled(smoke=1, quick=1, full=2, ge=0, description="residual blocks of each encoder")
     reconstructor_blocks: int = scaled(smoke=1, quick=1, full=3, ge=0, description="of the reconstructor")
     epochs: int = scaled(smoke=1, quick=16, full=40, ge=1, description="passes over the data with IERN")
-    plain_epochs: int = scaled(smoke=1, quick=48, full=120, ge=1, description="passes of the plain arms: equal time")
+    plain_epochs: int = scaled(smoke=1, quick=54, full=120, ge=1, description="passes of the plain arms: equal time")
     batch_size: int = Field(64, ge=2, description="examples a step")
     lr: float = Field(0.01, gt=0, description="Adam's learning rate with IERN; falls to 0 linearly")
     feature_lr: float = Field(0.001, gt=0, description="that of IERN's step 3")
-    plain_lr: float = Field(0.01, gt=0, description="that of the plain arms")
-    plain_decay: float = Field(0.0, ge=0, description="their weight decay")
-    confusion_weight: float = Field(10.0, ge=0, description="of IERN's confusion loss")
+    erm_lr: float = Field(0.02, gt=0, description="that of plain training")
+    erm_decay: float = Field(1e-3, ge=0, description="its weight decay")
+    peer_lr: float = Field(0.01, gt=0, description="that of DANN and GroupDRO, without weight decay")
+    confusion_weight: float = Field(100.0, ge=0, description="of IERN's confusion loss")
     center_weight: float = Field(5e-4, gt=0, description="of IERN's centre loss")
     prior: Literal["uniform", "empirical"] = Field("uniform", description="IERN's P(z)")
     average: Literal["logit", "prob"] = Field("logit", description="what IERN averages over strata")
-    dann_weight: float = Field(1.0, ge=0, description="of DANN's discriminator")
+    dann_weight: float = Field(0.1, ge=0, description="of DANN's discriminator")
     dro_step: float = Field(0.01, gt=0, description="GroupDRO's step size")
 
 
@@ -178,16 +182,19 @@ def train_arm(run: Run, settings: IERNSettings, arm: str, data: SourcedData, nam
         "dann": lambda: [DANN("1", settings.width, data.num_sources, weight=settings.dann_weight, seed=run.seed)],
         "groupdro": lambda: [GroupDRO(data.num_classes, data.num_sources, step_size=settings.dro_step)],
     }
-    return train_plain(run, settings, data, name, joined[arm]())
+    return train_plain(run, settings, data, name, joined[arm](), erm=arm == "erm")
 
 
 def train_plain(
-    run: Run, settings: IERNSettings, data: SourcedData, name: str, interventions: list[Intervention]
+    run: Run, settings: IERNSettings, data: SourcedData, name: str, interventions: list[Intervention], *, erm: bool
 ) -> nn.Module:
     """Train base, encoder and head as a plain classifier."""
     whole = build(run, settings, data)
     model = nn.Sequential(whole.base, whole.emotion_encoder, whole.head)
-    optimizer = partial(Adam, lr=settings.plain_lr, weight_decay=settings.plain_decay)
+    if erm:
+        optimizer = partial(Adam, lr=settings.erm_lr, weight_decay=settings.erm_decay)
+    else:
+        optimizer = partial(Adam, lr=settings.peer_lr)
     fit(run, settings, name, model, data, settings.plain_epochs, optimizer, interventions)
     return model.eval()
 
@@ -264,6 +271,7 @@ def figure(data: Confounded, right: Tensor, arm: str) -> Figure:
 @claim(
     "iern",
     arms=ARMS,
+    seeds={"quick": 4},
     expects=[
         Gain("accuracy", "iern", over="erm"),
         Gain("tied_accuracy", "iern", over="erm"),
@@ -291,4 +299,4 @@ def train(run: Run, settings: IERNSettings, interventions: Callable[[Task], list
     data = confound(run, settings, settings.bias)
     shape = tuple(data.train.inputs.shape[1:])
     task = Task(data.train.num_classes, shape, len(data.train), settings.plain_epochs, run.seed)
-    return measure(run, "host", train_plain(run, settings, data.train, "train", interventions(task)), data)
+    return measure(run, "host", train_plain(run, settings, data.train, "train", interventions(task), erm=True), data)
