@@ -1,6 +1,6 @@
 """64 short trials on two processes beside the same trials in series.
 
-Bar: 1.7 times as fast. Wall time, so run it on an idle machine of two cores or more. Bound by the start of the processes,
+Bar: 1.7 times as fast. Wall time, so run it on an idle machine of two cores or more. Bound by the start of processes,
 a few seconds each to import PyTorch and Lightning Fabric: the shorter the trials, the more that weighs.
 """
 

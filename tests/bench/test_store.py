@@ -195,7 +195,7 @@ def test_records_of_another_text_of_the_claim_are_measured_again(check, monkeypa
     check()
     monkeypatch.setattr(import_module("paperworks.bench.claim"), "__version__", "another")
     (reason,) = check().damaged
-    assert reason == "measured by another text of the claim"
+    assert reason == "measured by other code of the claim"
 
 
 @pytest.mark.parametrize("store", ["file", "file/below", "/proc/store"])

@@ -188,7 +188,7 @@ class Store:
         if {name: record.get(name) for name in trial.identity} != trial.identity:
             raise DamagedRecord("the record is of another trial")
         if record.get("code") != trial.code:
-            raise DamagedRecord("measured by another text of the claim")
+            raise DamagedRecord("measured by other code of the claim")
         for name, digest in record["artefacts"].items():
             try:
                 content = self.read(self.artefact(trial, name))

@@ -35,7 +35,7 @@ def confident_learning(probs: Float[Tensor, "n classes"], labels: Int[Tensor, " 
     r"""Drop the off-diagonal of the confident joint (Northcutt et al., 2021, "Confident Learning", eq. 1).
 
     With $t_k$ the mean of $p_k$ over the examples labelled k, an example is counted as of class
-    $\arg\max_{k: p_k \ge t_k} p_k$ (of none, if no class reaches its threshold) and dropped if that is not
+    $\mathrm{argmax}_{k: p_k \ge t_k} p_k$ (of none, if no class reaches its threshold) and dropped if that is not
     its label.
 
     Args:
