@@ -12,7 +12,9 @@ import torch
 from hypothesis import settings
 
 # Before the first import of these: the hook checks the signatures of what it imports.
-jaxtyping.install_import_hook(["paperworks.nn", "paperworks.data", "paperworks.robust"], "shapes.check")
+jaxtyping.install_import_hook(
+    ["paperworks.nn", "paperworks.data", "paperworks.robust", "paperworks.efficient"], "shapes.check"
+)
 
 torch.set_num_threads(1)
 

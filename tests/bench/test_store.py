@@ -264,3 +264,9 @@ def test_keys_name_files_and_differ_with_what_is_measured():
     assert all(re.fullmatch(r"[\w+.-]+", key) for key in keys)
     store = Store("runs")
     assert store.scratch(trial) != store.scratch(Trial("tiny", "combine:a+b", 0, "quick", {"lr": 0.1}, code="new"))
+
+
+def test_a_finished_check_needs_no_writing(check, monkeypatch):
+    check()
+    monkeypatch.setattr(Store, "write", lambda *_: pytest.fail("written"))
+    assert not check().pending

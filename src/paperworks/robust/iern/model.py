@@ -58,13 +58,10 @@ class IERN(nn.Module):
 
     1. $f = \mathrm{Base}(x)$, $e = E(f)$, $c = G(f)$.
     2. The discriminators learn, each on its own half: $\tfrac12 [CE(D_E(e), y) + CE(D_C(c), d)]$.
-    3. $E$, $G$, $R$ and $Z$ learn to confuse the *other* half's discriminator, to gather the contexts of a
-    source
-       and to reconstruct $f$: $\tfrac{w}{2} [\ell_{conf}(D_E(c)) + \ell_{conf}(D_C(e))] + L_Z +
-       \mathrm{MSE}(R(e, c), f)$.
-    4. Base, $E$ and $H$ learn to classify: $CE(o, y)$, with $e$ computed anew by the updated $E$ (the order
-    that
-       the reference implementation means, and PyTorch refuses since 1.5).
+    3. $E$, $G$, $R$ and $Z$ learn to confuse the *other* half's discriminator, to gather the contexts of a source and
+       to reconstruct $f$: $\tfrac{w}{2} [\ell_{conf}(D_E(c)) + \ell_{conf}(D_C(e))] + L_Z + \mathrm{MSE}(R(e, c), f)$.
+    4. Base, $E$ and $H$ learn to classify: $CE(o, y)$, with $e$ computed anew by the updated $E$ (the order that the
+       reference implementation means, and PyTorch refuses since 1.5).
 
     Steps 2 and 3 see $f$ without its history, and step 4 leaves $R$ and $Z$ alone; outside step 3 (2) the
     parameters of $G$, $R$ and $Z$ (the discriminators) do not require gradients, so plain optimizers pass
