@@ -255,7 +255,7 @@ def test_loading_executes_no_code(plain, tmp_path):
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match=r"checkpoint.pt cannot be read .*delete it"):
         plain()
-    (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps(content))
+    (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(UserError, match="cannot be read"):
         plain()
     assert not (tmp_path / "exploded").exists()

@@ -56,7 +56,7 @@ class RMixSettings(Settings):
     lr: float = scaled(smoke=0.1, quick=0.1, full=0.3, gt=0, description="largest learning rate of the cycle")
     patches: tuple[int, ...] = Field((2, 4), min_length=1, description="patches a side, drawn for every batch")
     epsilon: float = scaled(smoke=0.1, quick=0.1, full=8 / 255, ge=0, description="change of each pixel under attack")
-    agent_epochs: int = scaled(smoke=0, quick=0, full=20, ge=0, description="RL-Mix in arm rmix; 0: none")
+    agent_epochs: int = scaled(smoke=0, quick=0, full=10, ge=0, description="RL-Mix in arm rmix; 0: none")
     agent_steps: int = Field(200, ge=2, description="batches between two updates of RL-Mix's agent")
 
 
