@@ -9,13 +9,12 @@ clip, and twice as fast for small clips. CPU time of one thread (a GPU is used w
 of the rounds' ratios. Bound by the 3D convolutions.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from timing import DEVICE, compare, verdict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -26,7 +25,6 @@ from paperworks.nn.resnet3d import resnet3d, thin
 from paperworks.robust.cmpl import ClipAugment, CMPLModule, Cutout, RandAugment, RandomResizedCrop
 
 ROUNDS, CLASSES = 5, 10
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 64 if DEVICE == "cuda" else 32
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
@@ -61,31 +59,6 @@ def step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     return once
 
 
-def seconds(function: Callable[[], object]) -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
-    begun = clock()
-    function()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return clock() - begun
-
-
-def ratio(one: Callable[[], object], other: Callable[[], object]) -> tuple[float, float]:
-    """Median over interleaved rounds of one's time over the other's, and the other's median time in ms."""
-    one(), other()
-    pairs = [(seconds(one), seconds(other)) for _ in range(ROUNDS)]
-    return statistics.median(a / b for a, b in pairs), 1e3 * statistics.median(b for _, b in pairs)
-
-
-def verdict(name: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> bool:
-    good = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
-    bar = f"at most {at_most}" if at_most is not None else f"at least {at_least}" if at_least is not None else "no bar"
-    print(f"{name:56} {value:6.3f}  {bar}  {'' if bar == 'no bar' else 'met' if good else 'MISSED'}", flush=True)
-    return good
-
-
 def steps(depth: int, second: int, size: int = 64, labelled: int = 2, unlabelled: int = 6) -> bool:
     f, g, h, a = primary(depth), primary(depth), primary(depth), auxiliary(second)
     known, weak, strong = clips(labelled, size), clips(unlabelled, size), clips(unlabelled, size)
@@ -95,12 +68,12 @@ def steps(depth: int, second: int, size: int = 64, labelled: int = 2, unlabelled
     run_cmpl = step(cmpl, lambda: cmpl.training_step((known, targets), weak, strong)[0])
     run_fixmatch = step(fixmatch, lambda: fixmatch.training_step((known, targets), weak, strong)[0])
     run_supervised = step(h, lambda: F.cross_entropy(h(known), targets))
-    value, base = ratio(run_cmpl, run_fixmatch)
+    value, base = compare(run_cmpl, run_fixmatch, ROUNDS)
     print(f"ResNet-{depth}, FixMatch's step {base:.0f} ms; with a thin ResNet-{second}, {share:.1%} of its arithmetic:")
     bars = (1.35, 1.1) if depth == second else (None, None)
     good = verdict("CMPL / FixMatch, a step", value, at_most=bars[0])
     good &= verdict("the same / (1 + share of the arithmetic)", value / (1 + share), at_most=bars[1])
-    value, base = ratio(run_cmpl, run_supervised)
+    value, base = compare(run_cmpl, run_supervised, ROUNDS)
     explained = (1 + share) * (labelled + 2 * unlabelled) / labelled
     print(f"{'CMPL / cross entropy on the labelled clips, a step':56} {value:6.3f}  arithmetic says {explained:.2f}")
     return good
@@ -117,7 +90,7 @@ def forwards(size: int = 32, labelled: int = 2, unlabelled: int = 4) -> bool:
     def apart() -> None:
         sum(model(part).square().mean() for model in models for part in parts).backward()
 
-    return verdict("three forward passes / one", ratio(apart, together)[0], at_least=1.1)
+    return verdict("three forward passes / one", compare(apart, together, ROUNDS)[0], at_least=1.1)
 
 
 def views(size: int, count: int, bar: float) -> bool:
@@ -130,7 +103,7 @@ def views(size: int, count: int, bar: float) -> bool:
         # torchvision's v2 takes the leading dimensions of [T, C, H, W] as a batch and draws once for them.
         return torch.stack([peer(clip.transpose(0, 1)).transpose(0, 1) for clip in batch])
 
-    value, ours = ratio(clip_by_clip, lambda: augment.strong(batch, generator))
+    value, ours = compare(clip_by_clip, lambda: augment.strong(batch, generator), ROUNDS)
     print(f"{count} strong views of {size}x{size} take {ours:.1f} ms")
     return verdict("torchvision, clip by clip / ours, batched", value, at_least=bar)
 

@@ -16,11 +16,11 @@ CPU time of one thread (wall time on a GPU, where there is one), interleaved, me
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from timing import DEVICE, interleaved, ratio
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -29,35 +29,11 @@ from torchvision.models import mobilenet_v2, resnet18
 from paperworks.efficient import apply_gradient_filter, filtered_conv2d, freeze_except
 
 ROUNDS = 9
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8, 128, 28), (32, 128, 28), (8, 256, 14), (32, 256, 14), (8, 256, 28), (8, 512, 14), (32, 512, 14)]
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 BARS = {2: 2.5, 4: 4.0}
 torch.set_num_threads(1)
 torch.manual_seed(0)
-
-
-def seconds(function: Callable[[], object]) -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
-    begun = clock()
-    function()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return clock() - begun
-
-
-def interleaved(functions: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each function in each round."""
-    for function in functions.values():
-        function()
-    rounds = [{name: seconds(function) for name, function in functions.items()} for _ in range(ROUNDS)]
-    return {name: [times[name] for times in rounds] for name in functions}
-
-
-def ratio(above: list[float], below: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def together(*parts: list[float]) -> list[float]:
@@ -88,7 +64,7 @@ def layer(images: int, channels: int, side: int, memory_format: torch.memory_for
     functions["backward bf16"] = partial(
         torch.autograd.grad, F.conv2d(*low, padding=1), low, g.bfloat16(), retain_graph=True
     )
-    return interleaved(functions)
+    return interleaved(functions, ROUNDS)
 
 
 def products(rows: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +137,7 @@ def steps() -> bool:
     ]:
         for kind, memory_format in FORMATS.items():
             exact, ours = prepared(make, memory_format, last), prepared(make, memory_format, last, **options)
-            times = interleaved({"exact": exact, "ours": ours})
+            times = interleaved({"exact": exact, "ours": ours}, ROUNDS)
             value, base = ratio(times["exact"], times["ours"]), 1e3 * statistics.median(times["exact"])
             verdict = "" if bar is None else f"at least {bar}  {'met' if value >= bar else 'MISSED'}"
             print(

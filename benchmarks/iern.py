@@ -12,12 +12,11 @@ plain cross-entropy step of the same base, encoder and head has no bar; it stand
 CPU time of one thread (a GPU is used where there is one), interleaved, medians of the rounds' ratios.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
+from timing import DEVICE, interleaved, ratio
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
@@ -25,35 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paperworks.robust.iern import IERN, Optimizers, confusion_loss, resnet_base
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 9 if DEVICE == "cuda" else 5
 CLASSES, SOURCES, SIDE = 6, 3, 128
 BATCH = 32 if DEVICE == "cuda" else 4
 torch.set_num_threads(1)
 torch.manual_seed(0)
-
-
-def seconds(function: Callable[[], object]) -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
-    begun = clock()
-    function()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return clock() - begun
-
-
-def interleaved(functions: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each function in each round."""
-    for function in functions.values():
-        function()
-    rounds = [{name: seconds(function) for name, function in functions.items()} for _ in range(ROUNDS)]
-    return {name: [times[name] for times in rounds] for name in functions}
-
-
-def ratio(above: list[float], below: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def arithmetic(function: Callable[[], object]) -> int:
@@ -93,7 +68,7 @@ def prediction(batch: int) -> bool:
         "ours": lambda: model.adjust(features),
     }
     torch.testing.assert_close(functions["loop"](), functions["ours"](), atol=1e-3, rtol=1e-3)
-    times, bar = interleaved(functions), 1.2 if DEVICE == "cuda" else 1.05
+    times, bar = interleaved(functions, ROUNDS), 1.2 if DEVICE == "cuda" else 1.05
     gain = ratio(times["loop"], times["ours"])
     flops = {name: arithmetic(function) for name, function in functions.items()}
     print(
@@ -153,7 +128,7 @@ def training() -> bool:
         "reference": lambda: reference_step(theirs, R, others, x, y, d),
         "plain": cross_entropy,
     }
-    times = interleaved(functions)
+    times = interleaved(functions, ROUNDS)
     flops = {name: arithmetic(function) for name, function in functions.items()}
     gain, cost = ratio(times["reference"], times["ours"]), ratio(times["ours"], times["plain"])
     print(

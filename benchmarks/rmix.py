@@ -8,13 +8,12 @@ at a batch of 1000 and 64 patches. CPU time of one thread (a GPU is used where t
 rounds' ratios. Bound by the convolutions; the quantiles by sorting.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from timing import DEVICE, compare, verdict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -23,7 +22,6 @@ from torchvision.models import resnet18
 from paperworks.robust.rmix import RMix, row_quantile
 
 ROUNDS, REPEAT, CLASSES = 7, 20, 10
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 256 if DEVICE == "cuda" else 16
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -71,24 +69,6 @@ def step(mix: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> Callable[[], None
     return once
 
 
-def seconds(function: Callable[[], object]) -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
-    begun = clock()
-    function()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return clock() - begun
-
-
-def ratio(one: Callable[[], object], other: Callable[[], object]) -> tuple[float, float]:
-    """Median over interleaved rounds of one's time over the other's, and the other's median time in ms."""
-    one(), other()
-    pairs = [(seconds(one), seconds(other)) for _ in range(ROUNDS)]
-    return statistics.median(a / b for a, b in pairs), 1e3 * statistics.median(b for _, b in pairs)
-
-
 def repeat(function: Callable[[], object]) -> Callable[[], None]:
     """For what takes less time than clocks and caches need to settle."""
 
@@ -99,22 +79,17 @@ def repeat(function: Callable[[], object]) -> Callable[[], None]:
     return often
 
 
-def verdict(name: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> bool:
-    good = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
-    bar = f"at most {at_most}" if at_most is not None else f"at least {at_least}"
-    print(f"{name:56} {value:7.3f}  {bar}  {'met' if good else 'MISSED'}")
-    return good
-
-
 def steps() -> bool:
     mix = RMix(CLASSES)
     plain, ours, reference = step(lambda model: (x, y)), step(lambda model: mix(model, x, y)), step(reference_mix)
-    value, base = ratio(ours, plain)
+    value, base = compare(ours, plain, ROUNDS)
     print(f"a plain step on {BATCH} images takes {base:.1f} ms")
     good = verdict("R-Mix / plain, a step (arithmetic says 1.67)", value, at_most=1.75)
-    good &= verdict("reference / R-Mix, a step (arithmetic says 1.20)", ratio(reference, ours)[0], at_least=1.15)
+    good &= verdict(
+        "reference / R-Mix, a step (arithmetic says 1.20)", compare(reference, ours, ROUNDS)[0], at_least=1.15
+    )
     soft, saliency = F.one_hot(y, CLASSES).float(), torch.rand(BATCH, 32, 32, device=DEVICE)
-    mixing = ratio(lambda: mix.mix(x, soft, saliency, mix.draw(BATCH)), plain)[0]
+    mixing = compare(lambda: mix.mix(x, soft, saliency, mix.draw(BATCH)), plain, ROUNDS)[0]
     return good & verdict("drawing, masking and mixing / a plain step", mixing, at_most=0.03)
 
 
@@ -122,9 +97,10 @@ def quantiles() -> bool:
     good = True
     for batch, bar in ((100, 1.0), (1000, 5.0)):
         values, q = torch.rand(batch, 64, device=DEVICE), torch.rand(batch, device=DEVICE)
-        value, ours = ratio(
+        value, ours = compare(
             repeat(partial(torch.quantile, values, q, dim=1)),  # its diagonal is a view, at no cost
             repeat(partial(row_quantile, values, q)),
+            ROUNDS,
         )
         print(f"quantiles of a batch of {batch} take {ours / REPEAT:.2f} ms")
         good &= verdict(f"table of quantiles / ours, batch {batch}", value, at_least=bar)
