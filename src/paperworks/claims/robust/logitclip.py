@@ -40,8 +40,8 @@ class LogitClipSettings(Settings):
     data: str = scaled(smoke="digits", quick="digits", full="mnist", description="a name, folder or table")
     network: Literal["mlp", "resnet"] = Field("mlp", description="MLP of 2 × 256, or ResNet-20 for colour images")
     train_fraction: float = scaled(smoke=0.3, quick=2 / 3, full=0.5, gt=0, lt=1, description="the rest is test data")
-    pair_rate: float = Field(0.4, ge=0, le=1, description="share of labels flipped to the next class")
-    symmetric_rate: float = Field(0.5, ge=0, le=1, description="share of labels flipped to any other class")
+    pair_rate: float = Field(0.4, gt=0, le=1, description="share of labels flipped to the next class")
+    symmetric_rate: float = Field(0.5, gt=0, le=1, description="share of labels flipped to any other class")
     epochs: int = scaled(smoke=2, quick=40, full=40, ge=1, description="passes over the training data")
     batch_size: int = Field(128, ge=2, description="examples a step")
     lr: float = Field(0.1, gt=0, description="learning rate; plain losses also try half and twice of it")
@@ -166,7 +166,7 @@ def trial(run: Run, arm: str, settings: LogitClipSettings) -> dict[str, float]:
         rates = [settings.lr * factor for factor in (0.5, 1.0, 2.0)]
         candidates = [(f"lr{lr:g}", lr, []) for lr in rates]
     else:
-        candidates = [(f"tau{tau:g}", settings.lr, [BOUNDS[bound](tau)]) for tau in settings.taus]
+        candidates = [(f"tau{tau:g}", settings.lr, [BOUNDS[bound](tau)]) for tau in dict.fromkeys(settings.taus)]
     run.trainings = len(NOISE) * len(candidates)
     figures: dict[str, float] = {}
     for kind in NOISE:
