@@ -1,8 +1,8 @@
 """What the Trainer costs over a bare PyTorch loop on a small CNN, and what the interventions LogitClip and RMix add.
 
 Bars: 1.05 times the bare loop; with an intervention, 1.05 times the bare loop that calls its method by hand. CPU time
-of one thread, interleaved, medians. Bound by the convolutions: a step takes tens of milliseconds, of which the wrappers of
-Fabric, the loader and the hooks take less than a tenth of one.
+of one thread, interleaved, medians. Bound by the convolutions: a step takes tens of milliseconds, of which the wrappers
+of Fabric, the loader and the hooks take less than a tenth of one.
 """
 
 import random
