@@ -38,6 +38,7 @@ class LogitClipSettings(Settings):
     """What the arms share."""
 
     data: str = scaled(smoke="digits", quick="digits", full="mnist", description="a name, folder or table")
+    part: str = scaled(smoke="all", quick="all", full="test", description="the split of it that is divided anew")
     network: Literal["mlp", "resnet"] = Field("mlp", description="MLP of 2 × 256, or ResNet-20 for colour images")
     train_fraction: float = scaled(smoke=0.3, quick=2 / 3, full=0.5, gt=0, lt=1, description="the rest is test data")
     pair_rate: float = Field(0.4, gt=0, le=1, description="share of labels flipped to the next class")
@@ -87,7 +88,7 @@ class Noisy:
     """Training data with one kind of noise, its noisy validation part, and clean test data."""
 
     def __init__(self, run: Run, settings: LogitClipSettings, kind: str) -> None:
-        data = load(settings.data, root=run.data_root)
+        data = load(settings.data, split=settings.part, root=run.data_root)
         fractions = (
             0.9 * settings.train_fraction,
             0.1 * settings.train_fraction,
