@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
+from timing import verdict
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -37,13 +38,6 @@ from paperworks.train import Intervention, State, Stream
 
 ROUNDS, SEED = 3, 1000  # a seed that the claim does not use
 torch.set_num_threads(1)
-
-
-def verdict(name: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> bool:
-    good = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
-    bar = f"at most {at_most:g}" if at_most is not None else f"at least {at_least:g}"
-    print(f"{name:60} {value:7.3f}  {bar}  {'met' if good else 'MISSED'}")
-    return good
 
 
 def plain(bench: Bench, problem: Problem) -> nn.Module:

@@ -66,8 +66,9 @@ class Plan:
         settings = claim.settings.at(self.scale, self.overrides).model_dump(mode="json")
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         root = str(Path(self.data_root).expanduser().resolve()) if self.data_root else ""
+        code = code or claim.code
         return [
-            Trial(claim.slug, arm, seed, self.scale, settings, device, root, code or claim.code)
+            Trial(claim.slug, arm, seed, self.scale, settings, device, root, code)
             for seed in range(self.seeds or claim.seeds[self.scale])
             for arm in arms or claim.arms
         ]
