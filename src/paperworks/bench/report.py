@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from .check import Records
 from .claim import Claim
 from .expectations import Judgement
 from .results import Found, Summary, largest, summarise
+from .store import write_whole
 
 COLOURS = {"holds": "green", "undecided": "yellow", "fails": "red"}
 
@@ -187,9 +187,7 @@ def write(path: Path, content: bytes) -> None:
     """Write a file of ``results/`` whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -105,16 +105,7 @@ class Store:
             if not self.local:
                 self.fs.pipe_file(target, content)
                 return
-            partial = f"{target}.{os.getpid()}-{secrets.token_hex(4)}.partial"
-            try:
-                with open(partial, "wb") as file:
-                    file.write(content)
-                    if durable:
-                        file.flush()
-                        os.fsync(file.fileno())
-                os.replace(partial, target)
-            finally:
-                Path(partial).unlink(missing_ok=True)
+            write_whole(Path(target), content, durable=durable)
         except OSError as error:
             raise UserError(f"cannot write to the store {self.url}: {error.strerror or error}") from error
 
@@ -197,6 +188,20 @@ class Store:
             if hashlib.sha256(content).hexdigest() != digest:
                 raise DamagedRecord(f"its artefact {name} is not the one that was measured")
         return record | {"checksum": checksum}
+
+
+def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a local file aside and move it into place; ``durable`` waits until it is on the disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _digest(content: Any) -> str:
