@@ -138,6 +138,9 @@ def test_a_corrupt_file_is_named(folders):
     data[broken - 1]
     with pytest.raises(UserError, match=r"photo/dog/1\.jpg cannot be read"):
         data[broken]
+    with pytest.warns(UserWarning, match=r"skipped: .*photo/dog/1\.jpg"):
+        rest = data.in_memory(skip_broken=True)
+    assert (len(rest), rest.data.targets.bincount().tolist()) == (15, [8, 7])
 
 
 def test_a_class_that_a_domain_lacks_is_named(folders):

@@ -129,7 +129,7 @@ def test_deep_pixels_are_refused_not_clipped(folder):
 
 def test_images_of_different_sizes_are_named(folder):
     save(folder / "cat" / "9.png", (0, 0, 0), size=(5, 5))
-    with pytest.raises(UserError, match=r"0\.png is 6x4 and .*9\.png is 5x5 pixels: pass image_size="):
+    with pytest.raises(UserError, match=r"0\.png is 6x4 and .*9\.png is 5x5 pixels: set image_size"):
         load(folder)
     assert load(folder, image_size=4).inputs.shape == (7, 3, 4, 4)
 

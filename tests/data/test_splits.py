@@ -10,6 +10,10 @@ quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
 
 
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def targets_of(counts):
     return torch.cat([torch.full((count,), k) for k, count in enumerate(counts)])
 
@@ -95,27 +99,37 @@ def test_a_seed_out_of_range_is_refused():
 
 
 @quick
-@given(
-    counts=st.lists(st.integers(4, 20), min_size=1, max_size=5),
-    per_class=st.integers(1, 4),
-    seed=st.integers(0, 999),
-)
+@given(counts=st.lists(st.integers(4, 12), min_size=2, max_size=4), per_class=st.integers(1, 4), seed=seeds)
 def test_few_label_draws_the_same_number_of_every_class(counts, per_class, seed):
     targets = targets_of(counts)
-    labelled, unlabelled = few_label(targets, per_class, seed)
+    labelled, unlabelled = few_label(targets, generator(seed), per_class=per_class)
     assert targets[labelled].bincount().tolist() == [per_class] * len(counts)
-    assert torch.equal(torch.cat([labelled, unlabelled]).sort().values, torch.arange(len(targets)))
-    assert torch.equal(few_label(targets, per_class, seed)[0], labelled)
+    assert sorted([*labelled.tolist(), *unlabelled.tolist()]) == list(range(len(targets)))
+    assert torch.equal(few_label(targets, generator(seed), per_class=per_class)[0], labelled)
+
+
+def test_few_label_by_fraction():
+    labelled, _ = few_label(targets_of([20, 10]), generator(0), fraction=0.1)
+    assert targets_of([20, 10])[labelled].tolist() == [0, 0, 1]
 
 
 def test_few_label_draws_every_example_alike():
-    drawn = torch.stack([few_label(targets_of([5, 5]), 1, seed)[0] for seed in range(1000)]).flatten()
+    drawn = torch.cat([few_label(targets_of([5, 5]), generator(seed), per_class=1)[0] for seed in range(1000)])
     # 200 expected of each; five standard deviations of a binomial are 63.
     assert ((drawn.bincount(minlength=10) - 200).abs() < 63).all()
 
 
 def test_few_label_names_the_class_that_is_too_small():
-    with pytest.raises(UserError, match="class 1 has 2"):
-        few_label(targets_of([8, 2]), 3, 0)
+    labels = targets_of([20, 4])
+    with pytest.raises(UserError, match="class 'jump' has 4 examples, of which 0 would be labelled"):
+        few_label(labels, generator(0), fraction=0.1, classes=["run", "jump"])
+    with pytest.raises(UserError, match="class 'fly' has 0 examples, of which 1 would be labelled"):
+        few_label(labels, generator(0), per_class=1, classes=["run", "jump", "fly"])
+    with pytest.raises(UserError, match="class 'jump' has 4 examples, of which 5 would be labelled"):
+        few_label(LabelledData(torch.zeros(24, 1), labels, ("run", "jump"), "moves"), generator(0), per_class=5)
+    with pytest.raises(UserError, match="give either fraction or per_class"):
+        few_label(labels, generator(0))
+    with pytest.raises(UserError, match=r"fraction must be in \(0, 1\], got 2.0"):
+        few_label(labels, generator(0), fraction=2.0)
     with pytest.raises(UserError, match="per_class must be at least 1, got 0"):
-        few_label(targets_of([8, 2]), 0, 0)
+        few_label(labels, generator(0), per_class=0)

@@ -37,6 +37,13 @@ def test_numbers_are_texts_too(write):
     assert load_text(write("text,label\n12,a\n13,b\n")).texts == ["12", "13"]
 
 
+def test_words_that_look_like_missing_values_are_words(write):
+    found = load_text(write("text,label\nNA,a\nnull,NA\n"))
+    assert (found.texts, found.classes) == (["NA", "null"], ("NA", "a"))
+    with pytest.raises(UserError, match="label column 'label' is empty in row 1"):
+        load_text(write("text,label\nx,\ny,a\n"))
+
+
 def test_the_label_is_not_a_column_of_text(write):
     table = "class,sentence\n0,x\n1,y\n"
     found = load_text(write(table))

@@ -510,6 +510,16 @@ def test_only_what_is_named_learns_and_batch_norms_stay_as_they_are():
     assert all(not torch.equal(value, statistics[name]) for name, value in model.named_buffers())
 
 
+def test_batch_norms_may_go_on_with_the_statistics_of_batches():
+    model = small_model()
+    freeze_except(model, ["classifier"], norm_statistics=True)
+    statistics = copy.deepcopy(dict(model.named_buffers()))
+    model.train()
+    model(draw(4, 1, 8, 8)).sum().backward()
+    assert all(not torch.equal(value, statistics[name]) for name, value in model.named_buffers())
+    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("classifier"))
+
+
 def test_freezing_needs_names_of_modules_that_can_learn():
     with pytest.raises(UserError, match=r"unknown module 'clasifier'. Did you mean 'classifier'\?"):
         freeze_except(small_model(), ["clasifier"])

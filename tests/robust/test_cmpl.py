@@ -31,7 +31,6 @@ from paperworks.robust.cmpl import (
     RandomResizedCrop,
     RandomShift,
     cross_pseudo_label_loss,
-    semi_supervised_split,
 )
 from paperworks.robust.cmpl.transforms import check_clips
 from paperworks.train import Intervention, Trainer
@@ -648,37 +647,3 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         assert figures == pytest.approx(expected, abs=1e-6)
 
 
-# The split
-
-
-@given(st.integers(2, 5), st.integers(1, 4), st.integers(0, 20))
-@settings(deadline=None, max_examples=25)
-def test_the_split_is_balanced_and_covers(classes, per_class, seed):
-    labels = torch.arange(classes * 6) % classes
-    labelled, unlabelled = semi_supervised_split(labels, generator(seed), per_class=per_class)
-    assert sorted([*labelled.tolist(), *unlabelled.tolist()]) == list(range(len(labels)))
-    assert labels[labelled].bincount().tolist() == [per_class] * classes
-    again, _ = semi_supervised_split(labels, generator(seed), per_class=per_class)
-    assert torch.equal(labelled, again)
-
-
-def test_the_split_by_fraction():
-    labels = torch.tensor([0] * 20 + [1] * 10)
-    labelled, _ = semi_supervised_split(labels, generator(), fraction=0.1)
-    assert labels[labelled].tolist() == [0, 0, 1]
-
-
-def test_bad_splits():
-    labels = torch.tensor([0] * 20 + [1] * 4)
-    with pytest.raises(UserError, match="class 'jump' has 4 examples, of which 0 would be labelled"):
-        semi_supervised_split(labels, generator(), fraction=0.1, classes=["run", "jump"])
-    with pytest.raises(UserError, match="class 'fly' has 0 examples, of which 1 would be labelled"):
-        semi_supervised_split(labels, generator(), per_class=1, classes=["run", "jump", "fly"])
-    with pytest.raises(UserError, match="class '1' has 4 examples, of which 5 would be labelled"):
-        semi_supervised_split(labels, generator(), per_class=5)
-    with pytest.raises(UserError, match="give either fraction or per_class"):
-        semi_supervised_split(labels, generator())
-    with pytest.raises(UserError, match=r"fraction must be in \(0, 1\], got 2.0"):
-        semi_supervised_split(labels, generator(), fraction=2.0)
-    with pytest.raises(UserError, match="per_class must be at least 1, got 0"):
-        semi_supervised_split(labels, generator(), per_class=0)

@@ -82,16 +82,14 @@ class Decoder:
             first = first or label
             if images and image.shape != images[0].shape:
                 a, b = (f"{i.shape[1]}x{i.shape[0]}" for i in (images[0], image))
-                raise UserError(
-                    f"{name}: {first} is {a} and {label} is {b} pixels: pass image_size= to make them equal"
-                )
+                raise UserError(f"{name}: {first} is {a} and {label} is {b} pixels: set image_size to make them equal")
             images.append(image)
             kept.append(row)
         if broken:
             named = "; ".join(broken[:_SHOWN]) + ("; …" if len(broken) > _SHOWN else "")
             count = f"{len(broken)} of {len(rows)} images"
             if not (self.skip_broken and images):
-                raise UserError(f"{name}: {count} cannot be read: {named}. Mend them or pass skip_broken=True.")
+                raise UserError(f"{name}: {count} cannot be read: {named}. Mend them or set skip_broken.")
             warnings.warn(f"{name}: skipped {count} that cannot be read: {named}", stacklevel=2)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         return pixels.float().div_(255).contiguous(), torch.tensor(kept)

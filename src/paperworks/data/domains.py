@@ -1,5 +1,6 @@
 """Domain generalisation: one task in several environments, of which one is kept for the test."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -170,11 +171,20 @@ class DomainFolders(Dataset[tuple[Tensor, int, int]]):
         away = self.domains == _index(domain, self.domain_names)
         return Subset(self, (~away).nonzero().flatten().tolist()), Subset(self, away.nonzero().flatten().tolist())
 
-    def in_memory(self) -> DomainData:
-        """Read everything, for sets and image sizes that fit."""
-        images = torch.stack([self[index][0] for index in range(len(self))])
-        data = LabelledData(images, self.targets, self.classes, self.root.name)
-        return DomainData(data, self.domains, self.domain_names, torch.arange(len(self)))
+    def in_memory(self, skip_broken: bool = False) -> DomainData:
+        """Read everything, for sets and image sizes that fit; ``skip_broken`` leaves out unreadable files and warns."""
+        images, kept = [], []
+        for index in range(len(self)):
+            try:
+                images.append(self[index][0])
+                kept.append(index)
+            except UserError as error:
+                if not skip_broken or (index == len(self) - 1 and not kept):
+                    raise
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+        rows = torch.tensor(kept)
+        data = LabelledData(torch.stack(images), self.targets[rows], self.classes, self.root.name)
+        return DomainData(data, self.domains[rows], self.domain_names, torch.arange(len(rows)))
 
 
 def _read(decoder: Decoder, file: str) -> Tensor:
@@ -182,7 +192,9 @@ def _read(decoder: Decoder, file: str) -> Tensor:
         pixels = decoder.decode(Path(file))
     # Pillow's formats raise each of these on damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be read as an image ({type(error).__name__}): mend or remove it") from error
+        raise UserError(
+            f"{file} cannot be read as an image ({type(error).__name__}): mend it, or set skip_broken"
+        ) from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div_(255)
 
 

@@ -69,33 +69,46 @@ def split(
 
 
 def few_label(
-    data: LabelledData | Int[Tensor, "n"], per_class: int, seed: int
+    data: LabelledData | Int[Tensor, "n"],
+    generator: torch.Generator,
+    *,
+    per_class: int | None = None,
+    fraction: float | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[Int64[Tensor, "labelled"], Int64[Tensor, "unlabelled"]]:
-    """Draw ``per_class`` examples of every class to be labelled; all others are unlabelled.
+    """Draw the labelled examples, class by class; the others are unlabelled.
 
     Args:
         data: The set, or its class labels.
-        per_class: Labelled examples a class.
-        seed: Decides the draw.
+        generator: Source of the draw.
+        per_class: Labelled examples of each class.
+        fraction: Or, the share of each class, e.g. 0.01; to the nearest example.
+        classes: Names of all classes, also of those without an example; a set brings its own.
 
     Returns:
-        The positions of the labelled and of the unlabelled examples, each in random order.
+        Positions of the labelled and of the unlabelled examples, both ascending.
 
     Raises:
-        UserError: If a class has fewer than ``per_class`` examples.
+        UserError: If not exactly one of the two is given, or a class would have no labelled example, or has fewer
+            examples than ``per_class``; the error names the class.
     """
-    labels = _labels(data)
-    if per_class < 1:
+    labels = torch.from_numpy(_labels(data))
+    if (fraction is None) == (per_class is None):
+        raise UserError(f"give either fraction or per_class, got fraction={fraction}, per_class={per_class}")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise UserError(f"fraction must be in (0, 1], got {fraction}")
+    if per_class is not None and per_class < 1:
         raise UserError(f"per_class must be at least 1, got {per_class}")
-    classes, members = np.unique(labels, return_counts=True)
-    if members.size and members.min() < per_class:
-        rare = _name(data, int(classes[members.argmin()]))
-        raise UserError(f"class {rare} has {members.min()} example(s), per_class={per_class} needs as many")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    shuffled, first = torch.from_numpy(labels)[order], torch.zeros(len(labels), dtype=torch.bool)
-    for k in classes:
-        first[(shuffled == k).nonzero()[:per_class]] = True
-    return order[first], order[~first]
+    if isinstance(data, LabelledData):
+        classes = data.classes
+    labelled = torch.zeros(len(labels), dtype=torch.bool)
+    for k, name in enumerate(classes or range(int(labels.max()) + 1)):
+        members = (labels == k).nonzero().flatten()
+        wanted = per_class or round((fraction or 0) * len(members))
+        if not 1 <= wanted <= len(members):
+            raise UserError(f"class {str(name)!r} has {len(members)} examples, of which {wanted} would be labelled")
+        labelled[members[torch.randperm(len(members), generator=generator)[:wanted]]] = True
+    return labelled.nonzero().flatten(), (~labelled).nonzero().flatten()
 
 
 def _labels(data: LabelledData | Tensor) -> np.ndarray:

@@ -16,13 +16,16 @@ from paperworks.data.root import locate
 from paperworks.errors import UserError, nearest
 
 
-def read_table(path: str | Path, *, names: Sequence[str] | None = None, root: str | Path | None = None) -> pd.DataFrame:
+def read_table(
+    path: str | Path, *, names: Sequence[str] | None = None, root: str | Path | None = None, texts: bool = False
+) -> pd.DataFrame:
     """Read a CSV, TSV (either may be compressed) or parquet file as it is, texts included.
 
     Args:
         path: The file, as given or inside the data root (see `data_root`).
         names: The column names of a CSV or TSV file that has no header line.
         root: The data root.
+        texts: Take ``NA``, ``null`` and the like for words; only an empty field of a CSV or TSV file is missing.
 
     Raises:
         DatasetNotFound: If there is no such file.
@@ -42,6 +45,8 @@ def read_table(path: str | Path, *, names: Sequence[str] | None = None, root: st
                     names=None if names is None else list(names),
                     header="infer" if names is None else None,
                     index_col=False,
+                    keep_default_na=not texts,
+                    na_values=[""] if texts else None,
                 )
         else:
             raise UserError(f"{file} is not a table: expected .csv, .tsv or .parquet")

@@ -65,7 +65,7 @@ def load_text(
         return _ag_news(split or "test", root)
     if split is not None:
         raise UserError(f"{source} has no split {split!r}: a file is one split")
-    table = read_table(source, names=names, root=root).rename(columns=str)
+    table = read_table(source, names=names, root=root, texts=True).rename(columns=str)
     columns, file = list(table.columns), Path(source).name
     wanted = _text_columns(file, columns, text)
     label = label_column(file, [column for column in columns if column not in wanted], target)
@@ -85,7 +85,7 @@ def _ag_news(split: str, root: str | Path | None) -> LabelledTexts:
     place = next((folder / place for place in places if (folder / place).exists()), None)
     if place is None:
         raise DatasetNotFound(f"nothing at {' or '.join(str(folder / place) for place in places)}. {_AG_NEWS_HOW}")
-    table = read_table(place, names=_AG_NEWS_COLUMNS)
+    table = read_table(place, names=_AG_NEWS_COLUMNS, texts=True)
     numbers = pd.to_numeric(table["class"], errors="coerce")
     if not numbers.isin(range(1, 5)).all():
         row = _first(~numbers.isin(range(1, 5)))

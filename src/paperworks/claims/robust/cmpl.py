@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassAccuracy
 
 from paperworks.bench import Gain, Run, Settings, claim, scaled
-from paperworks.data import locate, split
+from paperworks.data import few_label, locate, split
 from paperworks.data.moving_digits import MOTIONS, MovingDigits, bundled_digits
 from paperworks.data.video import Sampling, VideoSet, video_folder
 from paperworks.nn.resnet3d import resnet3d
@@ -49,7 +49,6 @@ from paperworks.robust.cmpl import (
     RandomResizedCrop,
     RandomShift,
     cross_pseudo_label_loss,
-    semi_supervised_split,
 )
 from paperworks.train import Intervention, State
 
@@ -145,7 +144,7 @@ def moving_digits(run: Run, settings: CMPLSettings, per_class: int) -> Data:
 
 
 def draw_labelled(run: Run, labels: Tensor, classes: tuple[str, ...], per_class: int) -> tuple[Tensor, Tensor]:
-    return semi_supervised_split(labels, run.generator("labels"), per_class=per_class, classes=classes)
+    return few_label(labels, run.generator("labels"), per_class=per_class, classes=classes)
 
 
 def videos(run: Run, settings: CMPLSettings, per_class: int) -> Data:

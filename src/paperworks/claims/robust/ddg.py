@@ -41,8 +41,9 @@ from torch.optim import Adam
 from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from paperworks.bench import Bound, Gain, Run, Settings, Task, claim, scaled
-from paperworks.data import LabelledData, load, split
+from paperworks.bench import Bound, Gain, Run, Task, claim, scaled
+from paperworks.claims.images import ImageSettings
+from paperworks.data import LabelledData, split
 from paperworks.data.domains import DomainData, DomainFolders, rotate, rotated
 from paperworks.errors import UserError
 from paperworks.nn.backbones import ConvNet
@@ -61,7 +62,7 @@ from paperworks.robust.ddg import (
 from paperworks.train import Intervention, Stream, checkpoint
 
 
-class DDGSettings(Settings):
+class DDGSettings(ImageSettings):
     """What the arms share."""
 
     data: str = scaled(
@@ -116,15 +117,8 @@ class Half(NamedTuple):
 def read(run: Run, settings: DDGSettings) -> tuple[DomainData, LabelledData | None]:
     """The domains, and the images that were rotated, if they were."""
     if (folder := Path(settings.data).expanduser()).is_dir():
-        return DomainFolders(folder, settings.image_size or 32).in_memory(), None
-    base = load(
-        settings.data,
-        split=settings.split,
-        root=run.data_root,
-        image_size=settings.image_size,
-        limit=settings.limit,
-        seed=run.seed,
-    )
+        return DomainFolders(folder, settings.image_size or 32).in_memory(settings.skip_broken), None
+    base = settings.images(run, split=settings.split, limit=settings.limit, seed=run.seed)
     return rotated(base, seed=run.seed), base
 
 
@@ -135,6 +129,8 @@ class Environments:
         self, run: Run, settings: DDGSettings, everything: DomainData, base: LabelledData | None, held_out: str
     ) -> None:
         self.name, self.names = held_out, everything.domain_names
+        if len(self.names) < 3:
+            raise UserError(f"data needs at least 3 domains, two of them to train on, got {', '.join(self.names)}")
         rest, self.test = everything.leave_out(self.name)
         for_training, for_validation = split(rest.data, (0.8, 0.2), seed=run.seed)
         self.train, self.valid = rest.subset(for_training), rest.subset(for_validation)

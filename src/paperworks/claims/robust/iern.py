@@ -41,7 +41,8 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from paperworks.bench import Bound, Gain, Run, Settings, Task, claim, scaled
+from paperworks.bench import Bound, Gain, Run, Task, claim, scaled
+from paperworks.claims.images import ImageSettings
 from paperworks.data.biased import SourcedData, confounded_split, digit_styles, load_folders, load_mixbasic
 from paperworks.nn.backbones import ConvNet
 from paperworks.robust.groups import DANN, GroupDRO
@@ -52,7 +53,7 @@ ARMS = ["erm", "dann", "groupdro", "iern", "iern-no-adversary", "iern-no-interve
 ABLATIONS = ("iern-no-adversary", "iern-no-intervention")
 
 
-class IERNSettings(Settings):
+class IERNSettings(ImageSettings):
     """What the arms share."""
 
     data: str = Field("digit-styles", description="or a folder <source>/<class>/<image>, or a prepared MixBasic folder")
@@ -113,7 +114,9 @@ def confound(run: Run, settings: IERNSettings, bias: float) -> Confounded:
             root=run.data_root,
         )
     else:
-        data = load_folders(settings.data, root=run.data_root, image_size=settings.image_size)
+        data = load_folders(
+            settings.data, root=run.data_root, image_size=settings.image_size, skip_broken=settings.skip_broken
+        )
     parts = confounded_split(data.targets, data.sources, bias, run.generator("split"))
     held_out = torch.cat([parts.in_style, parts.out_of_style])
     at_home = torch.arange(len(held_out)) < len(parts.in_style)

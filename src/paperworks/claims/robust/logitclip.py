@@ -24,8 +24,9 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from paperworks.bench import Gain, Run, Settings, Task, claim, scaled
-from paperworks.data import LabelledData, load, noisify, split
+from paperworks.bench import Gain, Run, Task, claim, scaled
+from paperworks.claims.images import ImageSettings
+from paperworks.data import LabelledData, noisify, split
 from paperworks.nn.backbones import CifarResNet, mlp
 from paperworks.robust import LogitClip
 from paperworks.robust.losses import generalized_cross_entropy, nce_and_rce
@@ -34,7 +35,7 @@ from paperworks.train import History, Intervention, State
 NOISE = ("pair", "symmetric")
 
 
-class LogitClipSettings(Settings):
+class LogitClipSettings(ImageSettings):
     """What the arms share."""
 
     data: str = scaled(smoke="digits", quick="digits", full="mnist", description="a name, folder or table")
@@ -88,7 +89,7 @@ class Noisy:
     """Training data with one kind of noise, its noisy validation part, and clean test data."""
 
     def __init__(self, run: Run, settings: LogitClipSettings, kind: str) -> None:
-        data = load(settings.data, split=settings.part, root=run.data_root)
+        data = settings.images(run, split=settings.part)
         fractions = (
             0.9 * settings.train_fraction,
             0.1 * settings.train_fraction,

@@ -31,15 +31,16 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from paperworks.bench import Gain, Run, Settings, Task, claim, scaled
-from paperworks.data import LabelledData, load, split
+from paperworks.bench import Gain, Run, Task, claim, scaled
+from paperworks.claims.images import ImageSettings
+from paperworks.data import LabelledData, split
 from paperworks.nn.backbones import CifarResNet, ConvNet
 from paperworks.robust.mixing import CutMix, Mixup
 from paperworks.robust.rmix import RMix, expected_calibration_error, fgsm, input_saliency, saliency_mask
 from paperworks.train import Intervention, State
 
 
-class RMixSettings(Settings):
+class RMixSettings(ImageSettings):
     """What the arms share."""
 
     data: str = scaled(smoke="digits", quick="digits", full="cifar10", description="a name or folder of square images")
@@ -89,10 +90,10 @@ class FlipAndShift(Intervention):
 def _load(run: Run, settings: RMixSettings) -> tuple[dict[str, LabelledData], LabelledData]:
     """The training sets by the ending of their metrics, and the test set."""
     if settings.test_split:
-        train = load(settings.data, split="train", root=run.data_root, limit=settings.train_size, seed=run.seed)
-        test = load(settings.data, split=settings.test_split, root=run.data_root, limit=settings.test_size)
+        train = settings.images(run, split="train", limit=settings.train_size, seed=run.seed)
+        test = settings.images(run, split=settings.test_split, limit=settings.test_size)
     else:
-        data = load(settings.data, root=run.data_root)
+        data = settings.images(run)
         test_size = min(settings.test_size, len(data) - settings.train_size)
         train, test = (data.subset(part) for part in split(data, (settings.train_size, test_size), run.seed))
     (few,) = split(train, (settings.few,), run.seed)

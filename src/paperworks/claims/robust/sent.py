@@ -37,8 +37,9 @@ from torch.nn import functional as F
 from torch.optim import Adam
 from torch.utils.data import TensorDataset
 
-from paperworks.bench import Gain, Run, Settings, Task, claim, scaled
-from paperworks.data import load, noisify, split
+from paperworks.bench import Gain, Run, Task, claim, scaled
+from paperworks.claims.images import ImageSettings
+from paperworks.data import noisify, split
 from paperworks.data.speech import load_spoken_digits
 from paperworks.data.text import has_ag_news, load_text
 from paperworks.robust.sent import (
@@ -57,7 +58,7 @@ CORRUPTION = ("symmetric", "pair")
 FOLDS = 3
 
 
-class SentSettings(Settings):
+class SentSettings(ImageSettings):
     """What the arms share."""
 
     data: str = scaled(
@@ -158,6 +159,7 @@ class Bench:
             epochs=self.settings.epochs,
             teacher_epochs=problem.small_epochs(self.settings.epochs),
             rounds=problem.rounds,
+            keep_all_if_clean=problem.teacher is not None,  # a teacher may be right everywhere
             seed=self.run.seed,
         )
 
@@ -185,7 +187,7 @@ def keep_right(bench: Bench, problem: Problem) -> Outcome:
 def keep_small_loss(bench: Bench, problem: Problem) -> Outcome:
     """By the losses in SENT's own feature run, so that ranking is all that differs."""
     sent = bench.sent(problem).detect(*problem.sets, allow_equal=True)
-    return by_loss(problem, sent.recorder_)
+    return by_loss(problem, sent.recorder_) if sent.recorder_ else keep_all(bench, problem)
 
 
 def keep_small_loss_with_clean(bench: Bench, problem: Problem) -> Outcome:
@@ -273,7 +275,7 @@ def material(run: Run, settings: SentSettings) -> Material:
         found = load_text(source, text=settings.text, target=settings.target, root=run.data_root)
         targets, classes, inputs = found.targets, len(found.classes), None
     else:
-        images = load(source, root=run.data_root)
+        images = settings.model_copy(update={"data": source}).images(run)
         targets, classes, inputs = images.targets, images.num_classes, images.inputs
     total = len(targets)
     sizes = {"test": min(settings.test, int(0.29 * total)), "clean": min(settings.clean, total // 18)}
@@ -411,9 +413,9 @@ def trial(run: Run, arm: str, settings: SentSettings) -> dict[str, float]:
         outcome = ARMS[arm](bench, problem)
         model = outcome.model or bench.train(problem.make_model, *problem.training_set(outcome.kept), settings.epochs)
         figures[f"{name}_accuracy"] = bench.accuracy(model, problem)
-        if outcome.score is not None:
+        if outcome.score is not None and not problem.right.all():
             figures[f"{name}_auc"] = float(roc_auc_score(problem.right, outcome.score))
-        if outcome.last is not None:
+        if outcome.last is not None and not problem.right.all():
             figures[f"{name}_last_loss_auc"] = float(roc_auc_score(problem.right, outcome.last))
         selections[name] = selection(problem, outcome.kept)
         if outcome.recorder is not None and arm == "sent":

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,6 +123,7 @@ def load_folders(
     root: str | Path | None = None,
     image_size: int | None = None,
     grayscale: bool = False,
+    skip_broken: bool = False,
     classes: Sequence[str] | None = None,
 ) -> SourcedData:
     """Read and merge ``path/<source>/<class>/<image>``, one folder a source (in alphabetical order).
@@ -131,6 +133,7 @@ def load_folders(
         root: The data root (see `paperworks.data.data_root`).
         image_size: Scale images to cover a square of this side and cut out its centre.
         grayscale: Read images with one channel.
+        skip_broken: Leave out images that cannot be read and warn, rather than raise.
         classes: As in `merge`.
 
     Raises:
@@ -143,5 +146,6 @@ def load_folders(
     if len(named) < 2:
         found = ", ".join(sub.name for sub in named) or "none"
         raise UserError(f"{folder} must hold the folders of at least 2 sources, found {found}")
-    parts = {sub.name: load(sub.absolute(), image_size=image_size, grayscale=grayscale) for sub in named}
+    read = partial(load, image_size=image_size, grayscale=grayscale, skip_broken=skip_broken)
+    parts = {sub.name: read(sub.absolute()) for sub in named}
     return merge(parts, classes=classes)

@@ -63,8 +63,7 @@ def digit_styles(
         raise UserError(f"image_size must be at least 8, got {image_size}")
 
     def drawn(data: LabelledData) -> LabelledData:
-        seed = int(torch.randint(2**31, (1,), generator=generator))
-        return data.subset(few_label(data, per_class, seed)[0])
+        return data.subset(few_label(data, generator, per_class=per_class)[0])
 
     parts = {"scan": drawn(load("digits", image_size=image_size))}
     try:

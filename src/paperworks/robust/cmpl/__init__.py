@@ -9,7 +9,6 @@ from .intervention import CMPL
 from .loss import PseudoLabelStats, cross_pseudo_label_loss
 from .module import CMPLModule
 from .randaugment import OPERATIONS, RandAugment
-from .split import semi_supervised_split
 from .transforms import (
     ClipTransform,
     Cutout,
@@ -37,5 +36,4 @@ __all__ = [
     "RandomResizedCrop",
     "RandomShift",
     "cross_pseudo_label_loss",
-    "semi_supervised_split",
 ]

@@ -72,7 +72,7 @@ class SENT:
         transition_: The estimated (or given) corruption; None with pseudo-labels and with ``instance``.
         transferred_: The clean set's labels with noise, and which of them are right.
         recorder_: What was recorded: the noisy examples, then the clean ones.
-        detector_: The fitted detector; None if ``keep_all_if_clean`` applied.
+        detector_: The fitted detector. Both are None if ``keep_all_if_clean`` applied.
         model_: The final model.
 
     Example:
@@ -83,7 +83,7 @@ class SENT:
 
     transition_: Float[Tensor, "classes classes"] | None
     transferred_: TransferredLabels
-    recorder_: DynamicsRecorder
+    recorder_: DynamicsRecorder | None
     detector_: NoisyLabelDetector | None
     clean_probability_: Float[Tensor, " n"]
     selected_: Bool[Tensor, " n"]
@@ -249,7 +249,7 @@ class SENT:
 
     def _select(self, sets: Sets) -> None:
         is_clean, n = self.transferred_.is_clean, len(sets.noisy)
-        self.detector_ = None
+        self.detector_ = self.recorder_ = None
         if is_clean.all() and self.keep_all_if_clean:
             self.clean_probability_, self.selected_ = torch.ones(n), torch.ones(n, dtype=torch.bool)
             return
