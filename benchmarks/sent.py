@@ -32,7 +32,6 @@ from torch.utils.data import TensorDataset
 
 from paperworks.bench import Run
 from paperworks.claims.robust.sent import Bench, Problem, SentSettings, problems
-from paperworks.errors import MissingExtra
 from paperworks.robust.sent import DynamicsRecorder, RecordDynamics, predict_logits
 from paperworks.train import Intervention, State, Stream
 
@@ -150,7 +149,7 @@ def recording(examples: int = 4000, classes: int = 1000, epochs: int = 5) -> boo
 
 if __name__ == "__main__":
     if find_spec("cleanlab") is None:
-        raise MissingExtra("cleanlab", "cleanlab", "the comparison")
+        sys.exit("the comparison needs cleanlab: pip install cleanlab")
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(
             seed=SEED,

@@ -13,7 +13,8 @@ from hypothesis import settings
 
 # Before the first import of these: the hook checks the signatures of what it imports.
 jaxtyping.install_import_hook(
-    ["paperworks.nn", "paperworks.data", "paperworks.robust", "paperworks.efficient"], "shapes.check"
+    [f"paperworks.{room}" for room in ("nn", "data", "worlds", "robust", "efficient", "search", "audit")],
+    "shapes.check",
 )
 
 torch.set_num_threads(1)

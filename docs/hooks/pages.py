@@ -10,7 +10,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from paperworks.bench import load_claim
+from paperworks.bench import combine, load_claim
 from paperworks.bench.report import bar, interval, methods_table, number, spread, stored_pictures
 from paperworks.bench.results import Summary, largest, read_all
 from paperworks.bench.settings import SCALES, Settings
@@ -52,6 +52,10 @@ def generated(results: Sequence[Summary]) -> Iterator[tuple[str, str | bytes]]:
         yield f"methods/{card.slug}.md", method_page(card, load_claim(card.slug).settings, summary, figures)
         for (name, _), picture in zip(figures, pictures, strict=True):
             yield f"methods/{name}", picture.png
+    combinations = combine.read_all(RESULTS)
+    yield "concepts/combined.md", combined_page(combinations)
+    for found in combinations:
+        yield f"concepts/{found.stem}.png", (RESULTS / "combine" / f"{found.stem}.png").read_bytes()
     yield "reference/index.md", reference_index()
     for room in ROOMS:
         yield f"reference/{room}.md", reference_page(room)
@@ -108,6 +112,24 @@ def result(summary: Summary, figures: Iterable[tuple[str, str]]) -> Iterator[str
     machine = summary.machine.get("gpu") or f"{summary.machine['processor']}, {summary.machine['cores']} cores"
     versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
     yield f"{summary.cpu_seconds:g} CPU-seconds on {text(machine)}; {text(versions)}."
+
+
+def combined_page(combinations: Iterable[combine.Combination]) -> str:
+    """Every factorial that was measured: command, picture, cells and effects."""
+    parts = ["# Combinations measured", "What `paperworks combine` found, with 95 % intervals over seeds."]
+    for found in combinations:
+        caption = text(f"Cells and effects: {' × '.join(found.methods)} on {found.on}")
+        parts += [
+            f"## {' × '.join(found.methods)} on {found.on}",
+            f"```sh\n{found.command}\n```",
+            f"<figure markdown>\n![{caption}]({found.stem}.png)\n<figcaption>{caption}</figcaption>\n</figure>",
+            table([f"{found.metric} with", "mean ± sd"], [[name, spread(cell)] for name, cell in found.cells.items()]),
+            table(
+                ["effect", "estimate", "interval"],
+                [[e.name, number(e.estimate, "difference"), combine.interval(e)] for e in found.effects],
+            ),
+        ]
+    return "\n\n".join(parts) + "\n"
 
 
 def settings_table(settings: type[Settings]) -> str:

@@ -54,6 +54,17 @@ class Combination(BaseModel):
     cells: dict[str, list[float]]
     effects: list[Effect]
 
+    @property
+    def stem(self) -> str:
+        """Name of its files in ``results/combine/``."""
+        return f"{self.on}--{'+'.join(self.methods)}-{self.scale}-{self.metric.replace('/', '-')}"
+
+    @property
+    def command(self) -> str:
+        """The command line that measures it."""
+        command = ["paperworks", "combine", *self.methods, "--on", self.on, "--scale", self.scale]
+        return shlex.join([*command, "--seeds", str(self.seeds), "--metric", self.metric])
+
 
 def effects(methods: Sequence[str], cells: Cells) -> list[Effect]:
     r"""Main effects and interactions of a two-level factorial, from paired contrasts within each seed.
@@ -151,17 +162,15 @@ def figure(found: Combination) -> Figure:
 
 def publish(found: Combination, results: Path) -> Path:
     """Write JSON, picture and page into ``results/combine/``; returns the page."""
-    stem = f"{found.on}--{'+'.join(found.methods)}-{found.scale}-{found.metric.replace('/', '-')}"
-    folder = results / "combine"
+    folder, stem = results / "combine", found.stem
     png = figure_png(figure(found))
     write(folder / f"{stem}.json", found.model_dump_json(indent=1).encode() + b"\n")
     write(folder / f"{stem}.png", png)
     cells = [[Cell(name), Cell(spread(values), number=True)] for name, values in found.cells.items()]
     rows = [
-        [Cell(e.name), Cell(number(e.estimate, "difference"), number=True), Cell(_interval(e), number=True)]
+        [Cell(e.name), Cell(number(e.estimate, "difference"), number=True), Cell(interval(e), number=True)]
         for e in found.effects
     ]
-    command = ["paperworks", "combine", *found.methods, "--on", found.on, "--scale", found.scale]
     part = Part(
         slug="combine",
         heading=f"{' × '.join(found.methods)} on {found.on}",
@@ -170,13 +179,25 @@ def publish(found: Combination, results: Path) -> Path:
             Grid("Effects", ["effect", "estimate", "95 % interval"], rows),
         ],
         figures=[Picture("combine", "Cells and effects", png)],
-        command=shlex.join([*command, "--seeds", str(found.seeds), "--metric", found.metric]),
+        command=found.command,
         footer="A main effect is the mean with a method minus the mean without it; an interaction is half the change "
         "in one's effect when the other is present.",
     )
     page = folder / f"{stem}.html"
     write(page, render("paperworks: combination", [part]).encode())
     return page
+
+
+def read_all(results: Path) -> list[Combination]:
+    """What ``results/combine/`` holds, in the order of the file names."""
+    return [Combination.model_validate_json(path.read_bytes()) for path in sorted((results / "combine").glob("*.json"))]
+
+
+def interval(effect: Effect) -> str:
+    """The 95 % interval of an effect, as tables show it."""
+    if effect.low is None or effect.high is None:
+        return "−∞ … ∞"
+    return f"{number(effect.low, 'difference')} … {number(effect.high, 'difference')}"
 
 
 def effect_table(found: Combination) -> RichTable:
@@ -186,7 +207,7 @@ def effect_table(found: Combination) -> RichTable:
     table.add_column("estimate", justify="right")
     table.add_column("95 % interval", justify="right")
     for effect in found.effects:
-        table.add_row(escape(effect.name), number(effect.estimate, "difference"), _interval(effect))
+        table.add_row(escape(effect.name), number(effect.estimate, "difference"), interval(effect))
     return table
 
 
@@ -198,12 +219,6 @@ def cell_table(found: Combination) -> RichTable:
     for name, values in found.cells.items():
         table.add_row(escape(name), spread(values))
     return table
-
-
-def _interval(effect: Effect) -> str:
-    if effect.low is None or effect.high is None:
-        return "−∞ … ∞"
-    return f"{number(effect.low, 'difference')} … {number(effect.high, 'difference')}"
 
 
 def _label(methods: Sequence[str], subset: frozenset[str]) -> str:
