@@ -13,7 +13,7 @@ from hypothesis import settings
 
 # Before the first import of these: the hook checks the signatures of what it imports.
 jaxtyping.install_import_hook(
-    [f"paperworks.{room}" for room in ("nn", "data", "worlds", "robust", "efficient", "search", "audit")],
+    [f"paperworks.{room}" for room in ("nn", "data", "worlds", "robust", "efficient", "search", "detection", "audit")],
     "shapes.check",
 )
 
