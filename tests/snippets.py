@@ -72,7 +72,8 @@ def _check_command(name: str, *arguments: str) -> None:
     if name.startswith("-"):
         assert any(name in parameter.opts for parameter in cli.params) or name in ("--help", "--version")
         return
-    command = cli.commands[name]
+    command = cli.get_command(click.Context(cli), name)
+    assert command, f"no command {name!r}"
     if "--help" in arguments:
         return
     context = command.make_context(name, list(arguments))

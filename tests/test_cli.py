@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,15 @@ def test_a_broken_pipe_is_no_fault():
     )
     assert listed.stderr == ""
     assert len(listed.stdout) == 20
+
+
+def test_a_method_that_is_a_tool_has_a_command_of_its_own(paperworks, monkeypatch):
+    card = replace(catalog()["mrclens"], command="toolbox.tool")
+    monkeypatch.setitem(catalog(), "mrclens", card)
+    monkeypatch.delitem(sys.modules, "toolbox", raising=False)
+    out = paperworks("--help")[1]
+    assert card.summary.split()[0] in out[out.index("\n  mrclens ") :]
+    assert "toolbox" not in sys.modules
+    assert paperworks("mrclens", "double", "21") == (0, "42\n", "")
+    assert "Usage: paperworks mrclens" in paperworks("mrclens", "--help")[1]
+    assert paperworks("mrclenz")[2] == "error: unknown command 'mrclenz'. Did you mean 'mrclens'?\n"

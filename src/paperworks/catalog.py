@@ -64,6 +64,7 @@ class Card:
         api: Dotted names of its public objects; empty while it is planned.
         claim: Dotted name of the module that measures its claim.
         extra: The extra with its heavy dependencies.
+        command: Dotted name of the ``click`` command of a method that is a tool: ``paperworks SLUG …``.
         reconstruction: Whether parts inside are reconstructed because no reference code could be read.
     """
 
@@ -77,6 +78,7 @@ class Card:
     api: tuple[str, ...] = ()
     claim: str = ""
     extra: str = ""
+    command: str = ""
     reconstruction: bool = False
 
     @property

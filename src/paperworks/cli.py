@@ -7,8 +7,10 @@ import os
 import shutil
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +18,7 @@ import click
 
 from paperworks import __version__
 from paperworks.catalog import FAMILIES, Card, catalog, find
-from paperworks.errors import UserError, nearest, unknown
+from paperworks.errors import MissingExtra, UserError, nearest, unknown
 
 if TYPE_CHECKING:
     from paperworks.bench.check import Plan, Records
@@ -26,14 +28,43 @@ SCALES = ("smoke", "quick", "full")
 
 
 class Commands(click.Group):
-    """A group that answers a mistyped command with the nearest one."""
+    """Our own commands, then those of the methods that are tools, which are imported when they are called.
+
+    A mistyped command is answered with the nearest one.
+    """
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [*self.commands, *_tools()]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        return super().get_command(context, name) or Tool.of(name)
 
     def resolve_command(
         self, context: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            raise unknown("command", args[0], self.commands)
+        names = self.list_commands(context)
+        if args and not args[0].startswith("-") and args[0] not in names:
+            raise unknown("command", args[0], names)
         return super().resolve_command(context, args)
+
+
+class Tool(click.Command):
+    """The command of a method that is a tool: its card's line in the help, its module when it runs."""
+
+    @classmethod
+    def of(cls, slug: str) -> Tool | None:
+        return cls(slug, help=f"{_tools()[slug].summary}.") if slug in _tools() else None
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        module, _, attribute = _tools()[str(self.name)].command.rpartition(".")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command.make_context(info_name, args, parent, **extra)
+
+
+def _tools() -> dict[str, Card]:
+    return {card.slug: card for card in catalog().values() if card.command}
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -262,6 +293,100 @@ def report(results: Path, as_json: bool, html: Path | None, readme: Path | None)
         click.echo(f"Report: {html}", err=as_json)
 
 
+@cli.command()
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind; others than this need --auth.")
+@click.option("--auth", envvar="PAPERWORKS_AUTH", metavar="USER:PASSWORD", help="Ask for user and password.")
+@click.option(
+    "--store",
+    default="paperworks-runs",
+    show_default=True,
+    envvar="PAPERWORKS_STORE",
+    metavar="URL",
+    help="Where trials are kept: a folder or any fsspec URL.",
+)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    metavar="DIR",
+    help="Where verdicts and figures go.",
+)
+@click.option(
+    "--data-root",
+    type=click.Path(path_type=Path),
+    envvar="PAPERWORKS_DATA",
+    metavar="DIR",
+    help="Folder of the data sets.",
+)
+@click.option(
+    "--robustar", type=click.Path(path_type=Path), metavar="DIR", help="Also the page of this Robustar project."
+)
+@click.option("--robustar-model", metavar="NAME", help="Its classifier, as of `paperworks robustar serve`.")
+@click.option("--robustar-weights", type=click.Path(path_type=Path), metavar="FILE", help="The state_dict of that.")
+@click.option("--robustar-size", type=int, metavar="N", help="Side to which its images are scaled.")
+@click.option("--open/--no-open", "open_browser", default=False, help="Open the page in the browser.")
+def serve(
+    host: str,
+    port: int,
+    auth: str | None,
+    robustar: Path | None,
+    robustar_model: str | None,
+    robustar_weights: Path | None,
+    robustar_size: int | None,
+    open_browser: bool,
+    **places: Any,
+) -> None:
+    """Serve one local page: the methods, their checks, comparisons, combinations and tools."""
+    if (robustar is None) != (robustar_model is None):
+        raise UserError("--robustar DIR and --robustar-model NAME go together")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        from paperworks.app.project import Project
+        from paperworks.app.serve import serve as start
+    except ModuleNotFoundError as error:
+        if error.name in ("fastapi", "uvicorn", "starlette", "python_multipart"):
+            raise MissingExtra(error.name, "app", "paperworks serve") from error
+        raise
+    opened = None
+    if robustar and robustar_model:
+        from paperworks.app.robustar_command import open_project
+
+        opened = open_project(
+            robustar, model=robustar_model, weights=robustar_weights, image_size=robustar_size,
+            channels="3", mean="0", std="1", device="cpu",
+        )  # fmt: skip
+    project = Project(**places)
+    start(project, host=host, port=port, auth=auth, robustar=opened, open_browser=open_browser, say=click.echo)
+
+
+@cli.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("worlds.png"),
+    show_default=True,
+    metavar="FILE",
+    help="Where the sheet goes.",
+)
+@click.option("--scene", type=click.Path(path_type=Path), metavar="FILE", help="Also write its scene as JSON.")
+@click.option("--seed", type=int, default=3, show_default=True, help="Decides the scene.")
+def worlds(out: Path, scene: Path | None, seed: int) -> None:
+    """Draw a contact sheet of the procedural world: one scene through every sensor."""
+    for path in (out, scene):
+        if path and not path.parent.is_dir():
+            raise UserError(f"there is no folder {path.parent}")
+    if out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
+        raise UserError(f"--out takes a .png, .jpg, .pdf or .svg file, got {out}")
+    from paperworks.worlds.sheet import contact_sheet, shown_scene
+
+    if scene:
+        shown_scene(seed).save(scene)
+    contact_sheet(seed).savefig(out, dpi=110)
+    click.echo(f"Sheet: {out}")
+
+
 def _plan(options: dict[str, Any]) -> Plan:
     """Check the options that need no torch first, so that a typo is answered at once."""
     if options["scale"] not in SCALES:
@@ -332,6 +457,7 @@ def _wrapped(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours."""
     args = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         cli.main(args=args, prog_name="paperworks", standalone_mode=False)
         sys.exit(0)

@@ -1,10 +1,15 @@
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load as tensors
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.utils.data import TensorDataset
 
 from paperworks.bench import Run
 from paperworks.errors import UserError
@@ -88,5 +93,19 @@ def test_progress_is_reported_in_bounds_and_not_too_often(make):
     for step in range(1000):
         run.progress(step, "busy")
     assert len(told) < 20
-    assert told[0] == {"fraction": 0.0, "text": "busy", "curves": {}}
+    assert told[0] == {"fraction": 0.0, "text": "busy", "curves": {}, "training": {}}
     assert all(0 <= live["fraction"] <= 1 for live in told)
+
+
+def test_the_live_report_has_the_epochs_of_the_trainer_at_work(make):
+    told = []
+    run = make(report=told.append)
+    rows = TensorDataset(torch.randn(8, 2), torch.zeros(8, 1))
+    for name in ("first", "second"):
+        run.trainer(3, name, batch_size=4).fit(nn.Linear(2, 1), rows, loss=F.mse_loss, optimizer=partial(SGD, lr=0.1))
+        run._last_report = 0.0
+        run.progress(1.0)
+        training = told[-1]["training"]
+        assert training.keys() == {"train/loss"}
+        assert [epoch for epoch, _ in training["train/loss"]] == [1, 2, 3]
+    assert run.curves == {}  # only what the claim logs is kept

@@ -5,12 +5,14 @@ import os
 import pickle
 import re
 import signal
+import time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from paperworks.bench import load_claim
 from paperworks.bench.check import Plan, Records
 from paperworks.bench.measure import TrialFailed, measure
 from paperworks.bench.store import Store, Trial
@@ -270,3 +272,19 @@ def test_a_finished_check_needs_no_writing(check, monkeypatch):
     check()
     monkeypatch.setattr(Store, "write", lambda *_: pytest.fail("written"))
     assert not check().pending
+
+
+@pytest.mark.parametrize("url", ["paperworks-runs", "memory://listed"])
+def test_a_listing_names_the_records_and_tells_when_one_changes(check, url):
+    store = Store(url)
+    assert store.listing("tiny", "quick") == {}
+    check(store=url, seeds=1)
+    before = store.listing("tiny", "quick")
+    assert before.keys() == {store.path(trial) for trial in Plan(seeds=1).trials(load_claim("tiny"))}
+    check(store=url, seeds=1)
+    assert store.listing("tiny", "quick") == before
+    check(store=url, seeds=1, fresh=True)
+    after = store.listing("tiny", "quick")
+    assert after.keys() == before.keys()
+    assert not set(after.values()) & set(before.values())
+    assert all(abs(changed - time.time()) < 60 for changed, _ in after.values())

@@ -51,7 +51,7 @@ def measure(trial: Trial, store_url: str, threads: int = 1, *, fresh: bool = Fal
         live = f"live/{trial.key}.json"
 
         def report(state: dict[str, Any]) -> None:
-            about = {"key": trial.key, "claim": trial.claim, "scale": trial.scale, "pid": os.getpid()}
+            about = {"key": trial.key, "pid": os.getpid(), "code": trial.code, **trial.identity}
             store.write(live, json.dumps(about | state).encode(), durable=False)
 
         run = Run(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric.loggers.logger import Logger
 from matplotlib.figure import Figure
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
@@ -56,6 +57,7 @@ class Run:
         self.artefacts: dict[str, str] = {}
         self._keep, self._report, self._last_report = keep, report, 0.0
         self._trainers: set[str] = set()
+        self._training: _Epochs | None = None  # the trainer that is at work
         self.trainings = 1
 
     def generator(self, *names: object) -> torch.Generator:
@@ -79,13 +81,16 @@ class Run:
                 (index + fraction) / max(self.trainings, index + 1), f"{name}: {text}"
             ),
         } | changed
+        options["loggers"] = [*options.get("loggers", ()), _Epochs(self)]
         return Trainer(epochs, interventions=interventions, **options)
 
     def progress(self, fraction: float, text: str = "") -> None:
         """Say how far the trial is; cheap enough for every step."""
         if (now := time.monotonic()) - self._last_report >= 0.5:
             self._last_report = now
-            self._report({"fraction": round(min(max(fraction, 0.0), 1.0), 4), "text": text, "curves": self.curves})
+            training = self._training.curves if self._training else {}
+            live = {"text": text, "curves": self.curves, "training": training}
+            self._report({"fraction": round(min(max(fraction, 0.0), 1.0), 4), **live})
 
     def log(self, step: float, **values: float) -> None:
         """Add points to curves; names with slashes can be given as ``**{"train/loss": 0.1}``."""
@@ -117,3 +122,23 @@ class Run:
         file = f"{name.replace(' ', '-')}.{suffix}"
         self._keep(file, content)
         self.artefacts[file] = hashlib.sha256(content).hexdigest()
+
+
+class _Epochs(Logger):
+    """What a trainer reports of its epochs, for who looks at the run while it goes on."""
+
+    name, version = "live", 0
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.curves: dict[str, list[tuple[float, float]]] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.run._training = self
+        if "epoch" in metrics:  # and not of a step
+            for name, value in metrics.items():
+                if name != "epoch" and math.isfinite(value):
+                    self.curves.setdefault(name, []).append((float(metrics["epoch"] + 1), float(value)))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the settings stand in the record."""

@@ -9,6 +9,7 @@ import secrets
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,9 @@ class Store:
         self.write(self.path(trial), json.dumps(record, indent=1, allow_nan=False).encode())
 
     def live(self) -> list[dict[str, Any]]:
-        """How far the trials are that run now: ``key``, ``fraction``, ``text`` and ``curves`` of each."""
+        """The trials that run now: what each is (``key``, ``pid``, ``claim``, ``arm`` …), its ``fraction`` and ``text``,
+        its ``curves`` so far and those of the ``training`` under way.
+        """
         try:
             paths = self.fs.ls(f"{self.root}/live", detail=False)
         except FileNotFoundError:
@@ -143,6 +146,23 @@ class Store:
                 found.append(json.loads(self.fs.cat_file(path)))
             except (OSError, ValueError):  # ended in this moment
                 continue
+        return found
+
+    def listing(self, claim: str, scale: str) -> dict[str, tuple[float, str]]:
+        """The records of a claim at a scale: path, relative to the root, with the time of the last change in seconds
+        since 1970 and a mark that changes with the content.
+        """
+        folder, found = f"{claim}/{scale}", {}
+        try:
+            entries = self.fs.ls(f"{self.root}/{folder}", detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        for entry in entries:
+            name = entry["name"].rpartition("/")[2]
+            if entry["type"] == "file" and name.endswith(".json"):
+                times = [entry[key] for key in ("mtime", "LastModified", "created") if entry.get(key)]
+                changed = times[0].timestamp() if times and isinstance(times[0], datetime) else float((times or [0])[0])
+                found[f"{folder}/{name}"] = changed, f"{changed} {entry.get('ETag')} {entry.get('size')}"
         return found
 
     def remove(self, path: str) -> None:
