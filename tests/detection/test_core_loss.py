@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paperworks.detection.core import HungarianMatcher, Prediction, SetCriterion, Targets, pack, post_process, unpack
-from paperworks.detection.core.matcher import focal_class_cost, giou_cost, l1_cost, softmax_class_cost
+from paperworks.detection.core.matcher import Objects, focal_class_cost, giou_cost, l1_cost, softmax_class_cost
 from paperworks.errors import UserError
 
 
@@ -33,7 +33,7 @@ def problem(seed, counts=(3, 0, 1), queries=5, classes=4):
 
 
 def given_cost(table):
-    return HungarianMatcher({"table": (lambda prediction, image, targets: table, 1.0)})
+    return HungarianMatcher({"table": (lambda prediction, objects: table.T, 1.0)})
 
 
 def test_a_small_assignment():
@@ -80,15 +80,15 @@ def test_renaming_queries_renames_the_match_and_the_order_of_objects_does_not_ma
 def test_costs_by_hand():
     logits = torch.tensor([[[0.0, 2.0]]])
     prediction = Prediction(logits, torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]))
-    target = Targets(torch.tensor([1]), torch.tensor([[2.5, 0.5, 1.0, 1.0]]))
+    target = Objects.of([Targets(torch.tensor([1]), torch.tensor([[2.5, 0.5, 1.0, 1.0]]))])
     p = 1 / (1 + math.exp(-2))
     focal = 0.25 * (1 - p) ** 2 * -math.log(p) - 0.75 * p**2 * -math.log(1 - p)
-    assert float(focal_class_cost(prediction, 0, target)) == pytest.approx(focal, abs=1e-5)
-    assert float(softmax_class_cost(prediction, 0, target)) == pytest.approx(-math.exp(2) / (1 + math.exp(2)))
-    assert float(l1_cost(prediction, 0, target)) == pytest.approx(2)
-    assert float(giou_cost(prediction, 0, target)) == pytest.approx(1 / 3)
-    same = Targets(torch.tensor([1]), torch.tensor([[0.5, 0.5, 1.0, 1.0]]))
-    assert float(giou_cost(prediction, 0, same)) == pytest.approx(-1)
+    assert float(focal_class_cost(prediction, target)) == pytest.approx(focal, abs=1e-5)
+    assert float(softmax_class_cost(prediction, target)) == pytest.approx(-math.exp(2) / (1 + math.exp(2)))
+    assert float(l1_cost(prediction, target)) == pytest.approx(2)
+    assert float(giou_cost(prediction, target)) == pytest.approx(1 / 3)
+    same = Objects.of([Targets(torch.tensor([1]), torch.tensor([[0.5, 0.5, 1.0, 1.0]]))])
+    assert float(giou_cost(prediction, same)) == pytest.approx(-1)
 
 
 def test_a_cost_that_is_not_finite_is_named():

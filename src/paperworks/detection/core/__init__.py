@@ -16,7 +16,7 @@ from .layers import (
     FeedForward,
     mlp,
 )
-from .matcher import HungarianMatcher
+from .matcher import HungarianMatcher, Objects
 from .roi import roi_sample
 from .targets import Detections, Prediction, Targets, flat_targets, pack, post_process, unpack
 
@@ -36,6 +36,7 @@ __all__ = [
     "HungarianMatcher",
     "Level",
     "MSDeformAttn",
+    "Objects",
     "Prediction",
     "SetCriterion",
     "Targets",

@@ -1,5 +1,6 @@
 """DETR's loss: match, then focal, L1 and GIoU losses, in every decoder layer."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -50,6 +51,11 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         """Each loss before its weight, summed over layers."""
         objects = unpack(targets) if isinstance(targets, Tensor) else targets
+        queries = predictions[-1].logits.shape[1]
+        if any(len(target) > queries for target in objects):
+            warnings.warn(
+                f"a picture has more objects than there are queries ({queries}): some go unlearned", stacklevel=2
+            )
         count = self._count(objects, predictions[-1].logits)
         layers = [self._layer(layer, objects, count) for layer in (predictions if self.aux else predictions[-1:])]
         return {name: torch.stack([layer[name] for layer in layers]).sum() for name in self.weights}
