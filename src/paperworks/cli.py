@@ -342,16 +342,17 @@ def serve(
     if (robustar is None) != (robustar_model is None):
         raise UserError("--robustar DIR and --robustar-model NAME go together")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        from paperworks.app.project import Project
-        from paperworks.app.serve import serve as start
-    except ModuleNotFoundError as error:
-        if error.name in ("fastapi", "uvicorn", "starlette", "python_multipart"):
-            raise MissingExtra(error.name, "app", "paperworks serve") from error
-        raise
+    for package in ("fastapi", "uvicorn"):
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise MissingExtra(package, "app", "paperworks serve") from error
+    from paperworks.app.project import Project
+    from paperworks.app.serve import serve as start
+
     opened = None
     if robustar and robustar_model:
-        from paperworks.app.robustar_command import open_project
+        from paperworks.commands.robustar import open_project
 
         opened = open_project(
             robustar, model=robustar_model, weights=robustar_weights, image_size=robustar_size,

@@ -288,3 +288,19 @@ def test_a_listing_names_the_records_and_tells_when_one_changes(check, url):
     assert after.keys() == before.keys()
     assert not set(after.values()) & set(before.values())
     assert all(abs(changed - time.time()) < 60 for changed, _ in after.values())
+
+
+def test_a_live_trial_says_which_it_is(check, monkeypatch, tiny):
+    told, write = [], Store.write
+
+    def noted(store, path, content, **options):
+        if path.startswith("live/"):
+            told.append(json.loads(content))
+        write(store, path, content, **options)
+
+    monkeypatch.setattr(Store, "write", noted)
+    check(seeds=1)
+    for trial in Plan(seeds=1).trials(tiny):
+        live = next(live for live in told if live["key"] == trial.key)
+        assert {name: live[name] for name in vars(trial)} == vars(trial)
+        assert (live["fraction"], live["pid"]) == (0.0, os.getpid())

@@ -133,8 +133,8 @@ class Store:
         self.write(self.path(trial), json.dumps(record, indent=1, allow_nan=False).encode())
 
     def live(self) -> list[dict[str, Any]]:
-        """The trials that run now: what each is (``key``, ``pid``, ``claim``, ``arm`` …), its ``fraction`` and ``text``,
-        its ``curves`` so far and those of the ``training`` under way.
+        """The trials that run now: what each is (``key``, ``pid``, ``claim``, ``arm`` …), how far (``fraction``,
+        ``text``), its ``curves`` so far and those of the ``training`` under way.
         """
         try:
             paths = self.fs.ls(f"{self.root}/live", detail=False)
@@ -161,7 +161,8 @@ class Store:
             name = entry["name"].rpartition("/")[2]
             if entry["type"] == "file" and name.endswith(".json"):
                 times = [entry[key] for key in ("mtime", "LastModified", "created") if entry.get(key)]
-                changed = times[0].timestamp() if times and isinstance(times[0], datetime) else float((times or [0])[0])
+                latest = times[0] if times else 0.0
+                changed = latest.timestamp() if isinstance(latest, datetime) else float(latest)
                 found[f"{folder}/{name}"] = changed, f"{changed} {entry.get('ETag')} {entry.get('size')}"
         return found
 
