@@ -6,7 +6,8 @@ pixel and one thing after the other; it gets a part of the rays of one scene. Ba
 core (60 and 800 on two), and 20 times the peer.
 
 About half the time of casting goes into steps along rays: the distances, and gathering the rays that are still on
-their way, both bound by the memory traffic of small tables. The rest is the test of all rays with all balls, and shading.
+their way, both bound by the memory traffic of small tables. The rest is the test of all rays with all balls, and
+shading.
 """
 
 import statistics

@@ -145,22 +145,9 @@ def show(slug: str, as_json: bool, results: Path) -> None:
     click.echo(f"Check: paperworks check {card.slug}")
 
 
-def measuring(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say how trials are measured."""
+def placing(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say where trials, results and data lie."""
     options = [
-        click.option("--scale", default="quick", show_default=True, metavar="|".join(SCALES), help="How much work."),
-        click.option("--seeds", type=int, metavar="N", help="Seeds 0 … N-1.  [default: the claim's own]"),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable."),
-        click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to train."),
-        click.option(
-            "--executor",
-            default="processes",
-            show_default=True,
-            metavar="serial|processes|ray",
-            help="How trials are spread.",
-        ),
-        click.option("--workers", type=int, metavar="N", help="Trials at a time.  [default: one a core]"),
-        click.option("--threads", type=int, default=1, show_default=True, metavar="N", help="Threads a trial."),
         click.option(
             "--store",
             default="paperworks-runs",
@@ -184,11 +171,33 @@ def measuring(command: Callable[..., None]) -> Callable[..., None]:
             metavar="DIR",
             help="Folder of the data sets.",
         ),
-        click.option("--fresh", is_flag=True, help="Measure again what is stored."),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def measuring(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how trials are measured."""
+    options = [
+        click.option("--scale", default="quick", show_default=True, metavar="|".join(SCALES), help="How much work."),
+        click.option("--seeds", type=int, metavar="N", help="Seeds 0 … N-1.  [default: the claim's own]"),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable."),
+        click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to train."),
+        click.option(
+            "--executor",
+            default="processes",
+            show_default=True,
+            metavar="serial|processes|ray",
+            help="How trials are spread.",
+        ),
+        click.option("--workers", type=int, metavar="N", help="Trials at a time.  [default: one a core]"),
+        click.option("--threads", type=int, default=1, show_default=True, metavar="N", help="Threads a trial."),
+        click.option("--fresh", is_flag=True, help="Measure again what is stored."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return placing(command)
 
 
 @cli.command()
@@ -297,29 +306,7 @@ def report(results: Path, as_json: bool, html: Path | None, readme: Path | None)
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes a free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind; others than this need --auth.")
 @click.option("--auth", envvar="PAPERWORKS_AUTH", metavar="USER:PASSWORD", help="Ask for user and password.")
-@click.option(
-    "--store",
-    default="paperworks-runs",
-    show_default=True,
-    envvar="PAPERWORKS_STORE",
-    metavar="URL",
-    help="Where trials are kept: a folder or any fsspec URL.",
-)
-@click.option(
-    "--results",
-    type=click.Path(path_type=Path),
-    default=Path("results"),
-    show_default=True,
-    metavar="DIR",
-    help="Where verdicts and figures go.",
-)
-@click.option(
-    "--data-root",
-    type=click.Path(path_type=Path),
-    envvar="PAPERWORKS_DATA",
-    metavar="DIR",
-    help="Folder of the data sets.",
-)
+@placing
 @click.option(
     "--robustar", type=click.Path(path_type=Path), metavar="DIR", help="Also the page of this Robustar project."
 )

@@ -22,8 +22,8 @@ gr = pytest.importorskip("gradio", reason="the extra app is not installed")
 from gradio_client import Client, handle_file  # noqa: E402
 
 from paperworks.app.robustar import serve  # noqa: E402
-from paperworks.commands.robustar import make_model, open_project, robustar  # noqa: E402
 from paperworks.audit.robustar import RobustarProject  # noqa: E402
+from paperworks.commands.robustar import make_model, open_project, robustar  # noqa: E402
 from paperworks.errors import UserError  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

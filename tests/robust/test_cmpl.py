@@ -645,5 +645,3 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         parameters, figures = torch.load(tmp_path / f"True{rank}.pt")
         assert torch.allclose(parameters, alone, atol=1e-6)
         assert figures == pytest.approx(expected, abs=1e-6)
-
-
