@@ -1,12 +1,46 @@
 """Finding objects."""
 
+from .dynrec import (
+    DynamicReasoner,
+    FixedReasoner,
+    GridTokens,
+    GroundingLoss,
+    PonderLoss,
+    ReinforcedHalting,
+    TextEncoder,
+    Vocabulary,
+    episode_reward,
+    expressions2d,
+    flat_expressions,
+    halting_distribution,
+    load_ref_reasoning,
+    load_refer,
+    rec_accuracy,
+    reinforce_loss,
+)
 from .samdetr import AlignedCrossAttention, SamDecoderLayer, SamDetr, SemanticsAligner, level_schedule, smca_prior
 
 __all__ = [
     "AlignedCrossAttention",
+    "DynamicReasoner",
+    "FixedReasoner",
+    "GridTokens",
+    "GroundingLoss",
+    "PonderLoss",
+    "ReinforcedHalting",
     "SamDecoderLayer",
     "SamDetr",
     "SemanticsAligner",
+    "TextEncoder",
+    "Vocabulary",
+    "episode_reward",
+    "expressions2d",
+    "flat_expressions",
+    "halting_distribution",
     "level_schedule",
+    "load_ref_reasoning",
+    "load_refer",
+    "rec_accuracy",
+    "reinforce_loss",
     "smca_prior",
 ]
