@@ -1,5 +1,6 @@
 import html
 import io
+import os
 import re
 import shutil
 import threading
@@ -433,6 +434,8 @@ def test_what_the_mouse_paints_is_in_the_mask_file(browser, address, clean, root
         page.mouse.move(*at(9, 6), steps=12)
         page.mouse.up()
         page.wait_for_timeout(500)
+        if shots := os.environ.get("PAPERWORKS_SCREENSHOTS"):
+            page.screenshot(path=Path(__file__).parents[2] / shots / "robustar-1280-light.png")
         page.get_by_role("button", name="Save mask").click()
         page.wait_for_function("document.querySelector('#said textarea, #said input').value.startsWith('saved')")
         # and it goes on with the next image
