@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE, RESULTS = ROOT / "src" / "paperworks", ROOT / "results"
 CARDS = catalog()
 BUILT = [card for card in CARDS.values() if card.built]
-HOUSE = ("errors", "catalog", "nn", "data", "worlds", "train", *FAMILIES, "bench")
+HOUSE = ("errors", "files", "catalog", "nn", "data", "worlds", "train", *FAMILIES, "bench")
 ROOMS = [room for room in HOUSE if (SOURCE / room).is_dir() or (SOURCE / f"{room}.py").is_file()]
 
 

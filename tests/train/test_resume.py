@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from paperworks import files
 from paperworks.errors import UserError
 from paperworks.train import Intervention, Stream, Trainer, checkpoint
 
@@ -162,7 +163,7 @@ def test_killed_while_a_checkpoint_is_written(run, forked, tmp_path, monkeypatch
                 kill()
             done(*arguments)
 
-        monkeypatch.setattr(checkpoint.os, moment, replaced)
+        monkeypatch.setattr(os, moment, replaced)
         run(tmp_path, checkpoint_every=2)
 
     assert forked(interrupted) == -signal.SIGKILL
@@ -326,7 +327,7 @@ def test_a_scheduler_made_of_functions_resumes(network, data, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
 def test_a_full_disk_is_an_error_of_one_line(plain, monkeypatch):
-    monkeypatch.setattr(checkpoint, "open", lambda path, mode: open("/dev/full", mode), raising=False)  # noqa: SIM115
+    monkeypatch.setattr(files, "open", lambda path, mode: open("/dev/full", mode), raising=False)  # noqa: SIM115
     with pytest.raises(UserError, match=r"cannot write the checkpoint .*: No space left on device"):
         plain()
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Literal
 
-from paperworks.bench.store import write_whole
 from paperworks.errors import UserError
+from paperworks.files import write_whole
 
 LARGEST = 20 * 1024 * 1024
 KEPT = 20

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from paperworks.bench.store import write_whole
 from paperworks.errors import UserError
+from paperworks.files import write_whole
 
 Status = Literal["waiting", "running", "stopping", "done", "stopped", "failed"]
 ACTIVE = ("waiting", "running", "stopping")

@@ -20,10 +20,11 @@ from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from paperworks.audit.robustar import FILLS, PROPOSERS, RobustarProject, shrink_mask
-from paperworks.audit.robustar.files import MAX_PIXELS, write_whole
+from paperworks.audit.robustar.files import MAX_PIXELS
 from paperworks.audit.robustar.project import VIEWS
 from paperworks.audit.robustar.saliency import KINDS
 from paperworks.errors import MissingExtra, UserError
+from paperworks.files import write_whole
 
 try:
     import gradio as gr

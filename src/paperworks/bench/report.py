@@ -20,13 +20,13 @@ from rich.table import Table as RichTable
 
 from paperworks.catalog import Card, catalog
 from paperworks.errors import UserError
+from paperworks.files import write_whole
 
 from . import figures
 from .check import Records
 from .claim import Claim
 from .expectations import Judgement
 from .results import Found, Summary, largest, summarise
-from .store import write_whole
 
 COLOURS = {"holds": "green", "undecided": "yellow", "fails": "red"}
 

@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from paperworks import __version__
 from paperworks.errors import UserError
+from paperworks.files import write_whole
 
 FORMAT = 1
 
@@ -209,20 +210,6 @@ class Store:
             if hashlib.sha256(content).hexdigest() != digest:
                 raise DamagedRecord(f"its artefact {name} is not the one that was measured")
         return record | {"checksum": checksum}
-
-
-def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write a local file aside and move it into place; ``durable`` waits until it is on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _digest(content: Any) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from paperworks.errors import UserError
+from paperworks.files import whole
 
 FORMAT = 1
 
@@ -24,23 +24,17 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Raises:
         UserError: If the disk is full or read-only, or ``content`` holds what ``load`` would refuse.
     """
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with whole(path) as file:
             torch.save({"format": FORMAT, **content}, file)
             file.flush()
-            os.fsync(file.fileno())
-        if refused := get_unsafe_globals_in_checkpoint(partial):
-            raise UserError(f"a checkpoint holds tensors, numbers, text and containers of them, not {refused[0]}")
-        os.replace(partial, path)
+            if refused := get_unsafe_globals_in_checkpoint(file.name):
+                raise UserError(f"a checkpoint holds tensors, numbers, text and containers of them, not {refused[0]}")
     except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error behind one of its own
         reasons = (getattr(e, "strerror", None) for e in (error, error.__context__))
         reason = next(filter(None, reasons), error)
         raise UserError(f"cannot write the checkpoint {path}: {reason}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """Files of a project: images read safely, paths that stay inside, writes that are whole or absent."""
 
 import io
-import os
-import secrets
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,32 +95,6 @@ def read_image(
     # Pillow's formats raise each of these on damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(str(error)) from error
-
-
-def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write so that a kill at any moment leaves the old file or the new one; if durable, also the loss of power."""
-    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(partial, path)
-        if durable:
-            sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on the disk, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _children(folder: Path) -> Iterator[Path]:

@@ -15,8 +15,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from paperworks.errors import UserError
+from paperworks.files import sync_folder, write_whole
 
-from .files import Entry, is_inside, read_image, sync_folder, write_whole
+from .files import Entry, is_inside, read_image
 from .fills import Mask, Pixels
 
 _DIGEST = "image-sha256"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from paperworks.errors import UserError, nearest, unknown
+from paperworks.files import write_whole
 from paperworks.train import Trainer, checkpoint
 
 from . import files, masks
@@ -232,7 +233,7 @@ class RobustarProject:
                 small = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
             buffer = io.BytesIO()
             small.save(buffer, "WEBP", quality=80, method=0)
-            files.write_whole(path, buffer.getvalue(), durable=False)
+            write_whole(path, buffer.getvalue(), durable=False)
         return path
 
     # Masks.
