@@ -74,9 +74,12 @@ class MaskFolder:
             return None
         path = self.path(entry)
         try:
-            with Image.open(path, formats=("PNG",)) as opened:
+            content = path.read_bytes()  # once: somebody may replace or remove it meanwhile
+            with Image.open(io.BytesIO(content), formats=("PNG",)) as opened:
                 digest = str(opened.info.get(_DIGEST, ""))
-            return StoredMask(read_image(path, ("PNG",))[..., 0] >= 128, digest)
+            return StoredMask(read_image(content, ("PNG",))[..., 0] >= 128, digest)
+        except FileNotFoundError:
+            return None
         except (UserError, OSError) as error:
             raise UserError(f"the mask {path} cannot be read: {error}") from error
 
