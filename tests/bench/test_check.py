@@ -78,11 +78,12 @@ def test_ctrl_c_ends_with_one_line(start, monkeypatch, stored, undisturbed, left
     check = start(*PROCESSES)
     until(lambda: len(stored()) >= 3 or check.poll() is not None)
     os.killpg(check.pid, signal.SIGINT)  # as a terminal does
-    _, err = check.communicate(timeout=60)
+    _, err = check.communicate(timeout=120)
     assert check.returncode == 130, err
     assert err.split("\n\n") == ["measuring 6 trials of tiny (quick)", "interrupted; what was measured is stored\n"]
     assert stored().items() <= undisturbed.items()
-    assert not [path for path in leftovers() if path.suffix == ".partial"]
+    # A worker may have been in the middle of a checkpoint, in a scratch folder that goes when its trial is stored.
+    assert not [path for path in leftovers() if path.suffix == ".partial" and "scratch" not in path.parts]
 
 
 def test_a_killed_process_is_one_line_and_loses_only_its_trial(paperworks, monkeypatch, stored, undisturbed):
