@@ -19,9 +19,9 @@ CPU time.
 
 What is known not to hold: with the statistics of batch norms frozen (``--set norm_statistics=false --set clip_norm=2
 --set epochs=20``) digits turned by 90 degrees are too far from upright ones: patches of 2 recover 0.66, patches of 4
-0.52 (seeds 0 to 4). Where all four convolutions are filtered, fine-tuning ends at half (patches of 2) and a third (4) of
-the test images, training from scratch at a third, against 0.97 and more with exact gradients: maps of 8x8 leave few
-patches. And the forward pass stays exact, so that a whole step gains far less than the backward pass, least of all
+0.52 (seeds 0 to 4). Where all four convolutions are filtered, fine-tuning ends at half (patches of 2) and a third (4)
+of the test images, training from scratch at a third, against 0.97 and more with exact gradients: maps of 8x8 leave
+few patches. And the forward pass stays exact, so that a whole step gains far less than the backward pass, least of all
 where most layers are frozen.
 """
 
