@@ -1,6 +1,7 @@
 """Surroundings of every test: shapes checked, one thread, fixed draws, real data where it lies beside the checkout."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ jaxtyping.install_import_hook(
 )
 
 torch.set_num_threads(1)
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("same-every-time", derandomize=True, deadline=None)
 settings.load_profile("same-every-time")
