@@ -3,7 +3,6 @@ floor of the house, of its modules' docstrings; CONTRIBUTING and CHANGELOG."""
 
 import ast
 import html
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -77,7 +76,7 @@ def method_page(
     ]
     if card.reconstruction:
         parts.append("Parts inside are reconstructed: no reference code could be read.")
-    parts += ["## Import", f"```python\n{imports(card.api)}\n```"]
+    parts += ["## Import", f"```python\n{card.imports(88)}\n```"]
     if card.extra:
         parts.append(f"It needs the extra `{card.extra}`: `pip install 'paperworks[{card.extra}]'`.")
     parts += ["## Claim", claim, f"```sh\npaperworks check {card.slug}\n```"]
@@ -169,19 +168,6 @@ def about(room: str) -> str:
     package = SOURCE / room / "__init__.py"
     tree = ast.parse((package if package.exists() else SOURCE / f"{room}.py").read_text("utf-8"))
     return (ast.get_docstring(tree) or "").partition("\n")[0]
-
-
-def imports(api: Iterable[str]) -> str:
-    """One import statement a module."""
-    modules: dict[str, list[str]] = defaultdict(list)
-    for name in api:
-        module, _, attribute = name.rpartition(".")
-        modules[module].append(attribute)
-    lines = []
-    for module, names in modules.items():
-        line = f"from {module} import {', '.join(names)}"
-        lines.append(line if len(line) <= 88 else f"from {module} import (\n    " + ",\n    ".join(names) + ",\n)")
-    return "\n".join(lines)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import tomllib
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -85,6 +86,19 @@ class Card:
     def built(self) -> bool:
         """Whether the method is there, not only planned."""
         return bool(self.api)
+
+    def imports(self, width: int) -> str:
+        """One import statement a module, over several lines where it is longer than ``width``."""
+        modules: dict[str, list[str]] = defaultdict(list)
+        for name in self.api:
+            module, _, attribute = name.rpartition(".")
+            modules[module].append(attribute)
+        lines = []
+        for module, names in modules.items():
+            line = f"from {module} import {', '.join(names)}"
+            block = f"from {module} import (\n    " + ",\n    ".join(names) + ",\n)"
+            lines.append(line if len(line) <= width else block)
+        return "\n".join(lines)
 
     @property
     def claim_source(self) -> Path | None:

@@ -172,9 +172,7 @@ def placing(command: Callable[..., None]) -> Callable[..., None]:
             help="Folder of the data sets.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _decorated(command, options)
 
 
 def measuring(command: Callable[..., None]) -> Callable[..., None]:
@@ -195,9 +193,13 @@ def measuring(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--threads", type=int, default=1, show_default=True, metavar="N", help="Threads a trial."),
         click.option("--fresh", is_flag=True, help="Measure again what is stored."),
     ]
+    return placing(_decorated(command, options))
+
+
+def _decorated(command: Callable[..., None], options: Sequence[Callable[..., Any]]) -> Callable[..., None]:
     for option in reversed(options):
         command = option(command)
-    return placing(command)
+    return command
 
 
 @cli.command()

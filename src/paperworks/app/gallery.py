@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from fastapi import APIRouter, HTTPException, Request
@@ -92,7 +91,7 @@ def method_page(
         "method.html",
         422 if error else 200,
         card=card,
-        snippet=imports(card.api),
+        snippet=card.imports(60),
         sentence=sentence,
         protocol=protocol,
         summary=summary,
@@ -124,19 +123,6 @@ def matches(entry: Mapping[str, Any], q: str, family: str, verdict: str) -> bool
         and family in ("", entry["card"].family)
         and verdict in ("", entry["verdict"])
     )
-
-
-def imports(api: Iterable[str]) -> str:
-    """One import statement a module."""
-    modules: dict[str, list[str]] = defaultdict(list)
-    for name in api:
-        module, _, attribute = name.rpartition(".")
-        modules[module].append(attribute)
-    lines = []
-    for module, names in modules.items():
-        line = f"from {module} import {', '.join(names)}"
-        lines.append(line if len(line) <= 60 else f"from {module} import (\n    " + ",\n    ".join(names) + ",\n)")
-    return "\n".join(lines)
 
 
 def fields(claim: Claim) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Building blocks that two or more methods share."""
 
 from .backbones import CifarResNet, ConvNet, mlp
+from .modes import keeping_modes
 from .resnet3d import resnet3d, thin
 
-__all__ = ["CifarResNet", "ConvNet", "mlp", "resnet3d", "thin"]
+__all__ = ["CifarResNet", "ConvNet", "keeping_modes", "mlp", "resnet3d", "thin"]

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from paperworks.errors import UserError
+from paperworks.worlds.camera import mask_boxes
 
 Inside = Callable[[Tensor, Tensor], Tensor]
 """Which points (u, v), v down, of a plane whose unit is the shape's radius lie in it."""
@@ -121,7 +122,7 @@ def flat_scenes(
         for back in range(1, depth + 1):
             masks[mine - back] &= ~where
     grain = torch.from_numpy(draw.standard_normal((count, 3, size, size), dtype=np.float32))
-    return FlatScenes((images + noise * grain).clamp_(0, 1), image, labels, _boxes(amodal), masks)
+    return FlatScenes((images + noise * grain).clamp_(0, 1), image, labels, mask_boxes(amodal), masks)
 
 
 def _places(
@@ -166,12 +167,6 @@ def _silhouettes(
             u, v = cos[mine] * x[mine] + sin[mine] * y[mine], cos[mine] * y[mine] - sin[mine] * x[mine]
             masks[mine] = inside(u, v)
     return masks
-
-
-def _boxes(masks: Tensor) -> Tensor:
-    from paperworks.worlds.camera import mask_boxes
-
-    return mask_boxes(masks)
 
 
 def _backgrounds(draw: np.random.Generator, count: int, size: int) -> Tensor:

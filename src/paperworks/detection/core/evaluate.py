@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from paperworks.detection.core.detr import Detr
-from paperworks.detection.core.targets import Detections, Targets, post_process
+from paperworks.detection.core.targets import Detections, post_process
 from paperworks.errors import MissingExtra, UserError, unknown
 
 NAMES = (
@@ -107,11 +107,6 @@ def detect(
         found += post_process(prediction, sizes[len(found) : len(found) + len(prediction.logits)], top)
     model.train(was_training)
     return found
-
-
-def image_ids(targets: Sequence[Targets]) -> list[int]:
-    """Of targets, in order."""
-    return [target.image_id for target in targets]
 
 
 def _backend(name: Backend) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.errors import UserError, unknown
+from paperworks.nn import keeping_modes
 
 from .layers import FilteredConv2d, filterable
 
@@ -69,19 +70,16 @@ def backward_cost(
             raise unknown("layer", name, convs)
     rows: list[dict[str, Any]] = []
     hooks = [convs[name].register_forward_hook(_Hook(name, patch, rows)) for name in chosen]
-    modes = {module: module.training for module in model.modules()}
     first = next(model.parameters())
     try:
-        model.eval()
-        with torch.enable_grad():
+        with keeping_modes(model), torch.enable_grad():
+            model.eval()
             model(torch.zeros(input_shape, dtype=first.dtype, device=first.device))
     except RuntimeError as error:
         raise UserError(f"the model takes no batch of shape {tuple(input_shape)}: {error}") from error
     finally:
         for handle in hooks:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     columns = ["layer", "patch", "exact_macs", "filtered_macs", "exact_bytes", "filtered_bytes", "gain"]
     return pd.DataFrame(rows, columns=columns).set_index("layer")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.errors import UserError, unknown
+from paperworks.nn import keeping_modes
 
 from .clusters import check_bits
 from .looks import InputLook, Look, Options, look, lookable
@@ -110,7 +111,6 @@ class RedundancyProfiler:
 @contextmanager
 def _hooked(model: nn.Module, looks: dict[str, tuple[nn.Module, Look]]) -> Iterator[None]:
     """Let the layers be seen, in evaluation mode, and leave everything as it was."""
-    modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     handles = []
 
@@ -123,14 +123,13 @@ def _hooked(model: nn.Module, looks: dict[str, tuple[nn.Module, Look]]) -> Itera
         return see
 
     try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # which calls no layer within an encoder
-        for name, (module, seen) in looks.items():
-            handles.append(module.register_forward_hook(hook(name, seen), with_kwargs=True))
-        yield
+        with keeping_modes(model):
+            model.eval()
+            torch.backends.mha.set_fastpath_enabled(False)  # which calls no layer within an encoder
+            for name, (module, seen) in looks.items():
+                handles.append(module.register_forward_hook(hook(name, seen), with_kwargs=True))
+            yield
     finally:
         for handle in handles:
             handle.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes.items():
-            module.training = training

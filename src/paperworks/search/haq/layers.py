@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.errors import UserError
+from paperworks.nn import keeping_modes
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,12 @@ def profile_layers(model: nn.Module, inputs: Tensor) -> list[LayerProfile]:
         return layer.register_forward_hook(lambda _, args, y: record(name, layer, args[0], y))
 
     handles = [hook(name, layer) for name, layer in quantizable(model).items()]
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()(inputs)
+        with keeping_modes(model):
+            model.eval()(inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     if not found:
         raise UserError(f"{type(model).__name__} uses no plain nn.Conv2d or nn.Linear that could be quantized")
     return list(found.values())

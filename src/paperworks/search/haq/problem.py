@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from paperworks.errors import UserError, unknown
+from paperworks.nn import keeping_modes
 
 from .hardware import Hardware
 from .kmeans import cluster_weights
@@ -157,14 +158,12 @@ class QuantizationProblem:
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:
-        training = {module: module.training for module in self.model.modules()}
-        try:
-            yield
-        finally:
-            restore_model(self.model)
-            self.model.load_state_dict(self._exact)
-            for module, mode in training.items():
-                module.training = mode
+        with keeping_modes(self.model):
+            try:
+                yield
+            finally:
+                restore_model(self.model)
+                self.model.load_state_dict(self._exact)
 
     def _check(self, policy: ArrayLike) -> Policy:
         checked = check_policy(policy, len(self.layers))

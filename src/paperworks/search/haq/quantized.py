@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from paperworks.errors import unknown
+from paperworks.nn import keeping_modes
 
 from .layers import quantizable
 from .policy import MAX_BITS, MIN_BITS, check_policy
@@ -68,14 +69,12 @@ def calibrate(model: nn.Module, inputs: Tensor, layers: Sequence[str] | None = N
         return layer.register_forward_pre_hook(lambda _, args: look(name, layer, args[0]))
 
     handles = [hook(name) for name in layers or modules]
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()(inputs)
+        with keeping_modes(model):
+            model.eval()(inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return found
 
 
