@@ -10,11 +10,11 @@ time of one thread (a GPU is used where there is one), interleaved, median of th
 import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from timing import DEVICE, interleaved, ratio, verdict
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -27,7 +27,6 @@ from paperworks.robust.ddg import (
 )
 
 ROUNDS, MARGIN = 7, 0.025
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, REPEAT = (64, 20) if DEVICE == "cuda" else (4, 1)
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -101,33 +100,21 @@ def plain(positives: bool) -> Callable[[], None]:
     return once
 
 
-def seconds(function: Callable[[], None]) -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
-    begun = clock()
-    for _ in range(REPEAT):
-        function()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return (clock() - begun) / REPEAT
+def repeated(step: Callable[[], None]) -> Callable[[], None]:
+    def steps() -> None:
+        for _ in range(REPEAT):
+            step()
 
-
-def main() -> int:
-    steps = {"ours": ours(), "reference": reference(), "erm": plain(False), "erm+positives": plain(True)}
-    for step in steps.values():
-        step()
-    rounds = [{name: seconds(step) for name, step in steps.items()} for _ in range(ROUNDS)]
-    print(f"{DEVICE}, two batches of {BATCH} images of 28x28, {ROUNDS} rounds of {REPEAT}")
-    for name in steps:
-        print(f"{name:14} {1e3 * statistics.median(r[name] for r in rounds):8.1f} ms a step")
-    ratio = {name: statistics.median(r["ours"] / r[name] for r in rounds) for name in steps}
-    passed = ratio["reference"] <= 0.75
-    print(f"ours / reference      {ratio['reference']:5.2f}   {'ok' if passed else 'MISSED'} (at most 0.75)")
-    print(f"ours / erm            {ratio['erm']:5.2f}")
-    print(f"ours / erm+positives  {ratio['erm+positives']:5.2f}")
-    return 0 if passed else 1
+    return steps
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    steps = {"ours": ours(), "reference": reference(), "erm": plain(False), "erm+positives": plain(True)}
+    times = interleaved({name: repeated(step) for name, step in steps.items()}, ROUNDS)
+    print(f"{DEVICE}, two batches of {BATCH} images of 28x28, {ROUNDS} rounds of {REPEAT}")
+    for name in steps:
+        print(f"{name:14} {1e3 * statistics.median(times[name]) / REPEAT:8.1f} ms a step")
+    met = verdict("ours / reference", ratio(times["ours"], times["reference"]), at_most=0.75)
+    for other in ("erm", "erm+positives"):
+        verdict(f"ours / {other}", ratio(times["ours"], times[other]))
+    sys.exit(not met)

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in the tests' subprocesses
@@ -11,6 +11,8 @@ import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
+
+from paperworks.catalog import catalog
 
 # Before the first import of these: the hook checks the signatures of what it imports.
 jaxtyping.install_import_hook(
@@ -37,3 +39,27 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def tinyclaims(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The claims of tests/bench/plugin, for this process and those it starts, which work in ``tmp_path``."""
+    plugin = Path(__file__).parent / "bench" / "plugin"
+    monkeypatch.syspath_prepend(plugin)
+    monkeypatch.setenv("PYTHONPATH", str(plugin))
+    monkeypatch.chdir(tmp_path)
+    for variable in ("PAPERWORKS_STORE", "PAPERWORKS_AUTH", "TINY_FAULT", "TINY_TRIALS"):
+        monkeypatch.delenv(variable, raising=False)
+    catalog.cache_clear()
+    yield
+    catalog.cache_clear()
+
+
+@pytest.fixture
+def trials(
+    tinyclaims: None, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], list[str]]:
+    """The trials of those claims that were begun, in whatever process."""
+    path = tmp_path_factory.mktemp("trials") / "begun"
+    monkeypatch.setenv("TINY_TRIALS", str(path))
+    return lambda: path.read_text().splitlines() if path.exists() else []

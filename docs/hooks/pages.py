@@ -81,7 +81,11 @@ def method_page(
         parts.append(f"It needs the extra `{card.extra}`: `pip install 'paperworks[{card.extra}]'`.")
     parts += ["## Claim", claim, f"```sh\npaperworks check {card.slug}\n```"]
     parts += [*result(summary, figures)] if summary else ["Not measured yet."]
-    parts += ["### How it is measured", *protocol, settings_table(settings), "## API"]
+    parts += ["### How it is measured", *protocol]
+    if len(card.claim_arms) > 1:
+        arms = [[" and ".join(scales), ", ".join(arms)] for scales, arms in card.claim_arms.items()]
+        parts.append(table(["scale", "arms"], arms))
+    parts += [settings_table(settings), "## API"]
     parts += [f"::: {name}" for name in card.api]
     return "\n\n".join(parts) + "\n"
 
@@ -98,6 +102,8 @@ def result(summary: Summary, figures: Iterable[tuple[str, str]]) -> Iterator[str
             for found in summary.expectations
         ],
     )
+    if summary.left_out:
+        yield text(f"Not judged: {summary.left_out}.")
     names = list(dict.fromkeys(name for metrics in summary.arms.values() for name in metrics))
     yield table(
         ["arm", *names],

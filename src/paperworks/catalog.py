@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import tomllib
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -19,6 +20,7 @@ from typing import Any
 
 from paperworks.errors import UserError, unknown
 
+SCALES = ("smoke", "quick", "full")
 FAMILIES = {
     "robust": "noisy, few or biased labels",
     "efficient": "less work per step",
@@ -117,6 +119,17 @@ class Card:
         """The claim in one sentence."""
         return " ".join(self.claim_text.split("\n\n")[0].split())
 
+    @property
+    def claim_arms(self) -> dict[tuple[str, ...], tuple[str, ...]]:
+        """What the claim compares: scales, and their arms. Read without importing its module; empty if the arms are
+        computed there and not written out.
+        """
+        source = self.claim_source
+        try:
+            return _arms(ast.parse(source.read_bytes())) if source else {}
+        except ValueError:
+            return {}
+
 
 @cache
 def catalog() -> dict[str, Card]:
@@ -154,6 +167,49 @@ def find(slug: str) -> Card:
     if slug not in cards:
         raise unknown("method", slug, cards)
     return cards[slug]
+
+
+def _arms(tree: ast.Module) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """What the decorator ``claim`` is given as ``arms``, with scales of the same arms together."""
+    there: dict[str, ast.expr] = {}
+    for line in tree.body:
+        match line:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                there[name] = value
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                there[name] = value
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="claim"), keywords=words):
+                arms = next((word.value for word in words if word.arg == "arms"), None)
+                if not isinstance(arms, ast.Dict):
+                    return {SCALES: _written(arms, there)}
+                for scale, value in zip(_written(arms, there), arms.values, strict=True):
+                    groups[_written(value, there)].append(scale)
+    return {tuple(scales): arms for arms, scales in groups.items()}
+
+
+def _written(node: ast.expr | None, there: Mapping[str, ast.expr]) -> tuple[str, ...]:
+    """The texts of a list or the keys of a dictionary, as they stand in a source or are named there."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return (text,)
+        case ast.Name(id=name) if name in there:
+            return _written(there[name], there)
+        case ast.Call(func=ast.Name(id="list" | "tuple"), args=[inside]):
+            return _written(inside, there)
+        case ast.List(elts=parts) | ast.Tuple(elts=parts):
+            return tuple(arm for part in parts for arm in _written(part, there))
+        case ast.Subscript(value=inside, slice=ast.Slice(lower, upper, step)):
+            ends = [ast.literal_eval(end) if end else None for end in (lower, upper, step)]
+            return _written(inside, there)[slice(*ends)]
+        case ast.Starred(value=inside):
+            return _written(inside, there)
+        case ast.Dict(keys=keys, values=values):
+            pairs = zip(keys, values, strict=True)
+            return tuple(arm for key, value in pairs for arm in _written(key or value, there))
+    raise ValueError("computed")
 
 
 def _card(paper: dict[str, Any], **fields: Any) -> Card:

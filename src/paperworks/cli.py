@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from paperworks import __version__
-from paperworks.catalog import FAMILIES, Card, catalog, find
+from paperworks.catalog import FAMILIES, SCALES, Card, catalog, find
 from paperworks.errors import MissingExtra, UserError, nearest, unknown
 
 if TYPE_CHECKING:
     from paperworks.bench.check import Plan, Records
     from paperworks.bench.claim import Claim
-
-SCALES = ("smoke", "quick", "full")
 
 
 class Commands(click.Group):
@@ -136,12 +134,17 @@ def show(slug: str, as_json: bool, results: Path) -> None:
     if card.extra:
         click.echo(f"  needs: pip install 'paperworks[{card.extra}]'")
     click.echo(_wrapped(f"\nClaim: {card.claim_sentence}"))
+    for scales, arms in card.claim_arms.items():
+        at = "" if len(scales) == len(SCALES) else f" at {' and '.join(scales)}"
+        click.echo(_wrapped(f"Arms{at}: {', '.join(arms)}"))
     if measured:
         click.echo(f"Measured at {measured['scale']} with {measured['seeds']} seeds: {measured['verdict']}")
         for found in measured["expectations"]:
             low = "−∞" if found["low"] is None else f"{found['low']:.4g}"
             high = "∞" if found["high"] is None else f"{found['high']:.4g}"
             click.echo(f"  {found['name']}: {found['estimate']:.4g} ({low} … {high}): {found['verdict']}")
+        for left in measured.get("unjudged", []):
+            click.echo(f"  {', '.join(left['names'])}: not judged (needs {', '.join(left['missing'])})")
     click.echo(f"Check: paperworks check {card.slug}")
 
 
@@ -210,11 +213,14 @@ def _decorated(command: Callable[..., None], options: Sequence[Callable[..., Any
     is_flag=True,
     help="Every built method; also updates the table of methods in README.md if there is one here.",
 )
+@click.option("--arms", metavar="A,B,…", help="Of one method, only these arms.  [default: the scale's]")
 @measuring
-def check(slugs: Sequence[str], everything: bool, results: Path, **options: Any) -> None:
+def check(slugs: Sequence[str], everything: bool, arms: str | None, results: Path, **options: Any) -> None:
     """Measure claims: method beside baseline, same data, same seeds, with a verdict."""
     if everything == bool(slugs):
         raise UserError("name the methods to check, or give --all")
+    if arms is not None and (everything or len(set(slugs)) > 1):
+        raise UserError("--arms goes with one method, as each has arms of its own")
     if everything:
         slugs = [card.slug for card in catalog().values() if card.built and card.claim]
     cards = [find(slug) for slug in dict.fromkeys(slugs)]
@@ -225,13 +231,16 @@ def check(slugs: Sequence[str], everything: bool, results: Path, **options: Any)
 
     console = _console()
     claims = [load_claim(card.slug) for card in cards]
-    records = _measure(plan, claims, [trial for claim in claims for trial in plan.trials(claim)])
+    chosen = claims[0].choose([arm.strip() for arm in arms.split(",")]) if arms is not None else None
+    records = _measure(plan, claims, [trial for claim in claims for trial in plan.trials(claim, chosen)])
     published = [publish(claim, records, results) for claim in claims]
-    console.print(verdict_table(summary for summary, _ in published))
+    if any(summary.expectations for summary, _ in published):
+        console.print(verdict_table(summary for summary, _ in published))
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for summary, page in published:
-        console.print(
-            f"{summary.slug}: {summary.verdict}. Report: {page}", highlight=False, markup=False, soft_wrap=True
-        )
+        if summary.left_out:
+            say(f"{summary.slug}: not judged: {summary.left_out}")
+        say(f"{summary.slug}: {summary.verdict_text}. Report: {page}")
     readme = Path("README.md")
     if everything and plan.scale != "smoke" and readme.exists() and BEGIN in readme.read_text("utf-8"):
         update_readme(readme, read_all(results))
@@ -297,7 +306,12 @@ def report(results: Path, as_json: bool, html: Path | None, readme: Path | None)
     if as_json:
         click.echo(json.dumps([summary.brief() for summary in summaries], indent=1))
     elif summaries:
-        _console().print(reports.verdict_table(summaries))
+        console = _console()
+        console.print(reports.verdict_table(summaries))
+        for summary in summaries:
+            if summary.left_out:
+                line = f"{summary.slug}, {summary.scale}: not judged: {summary.left_out}"
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
     else:
         click.echo(f"No results in {results} yet.")
     if html:

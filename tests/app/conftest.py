@@ -2,27 +2,13 @@
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 
-from paperworks.catalog import catalog
-
-PLUGIN = Path(__file__).parents[1] / "bench" / "plugin"
-HOST = "http://localhost"
-
 
 @pytest.fixture(autouse=True)
-def plugin(monkeypatch, tmp_path):
-    """The claims of the plug-in, for this process and those it starts, which work in ``tmp_path``."""
-    monkeypatch.syspath_prepend(PLUGIN)
-    monkeypatch.setenv("PYTHONPATH", str(PLUGIN))
-    monkeypatch.chdir(tmp_path)
-    for variable in ("PAPERWORKS_STORE", "PAPERWORKS_AUTH", "TINY_FAULT", "TINY_TRIALS"):
-        monkeypatch.delenv(variable, raising=False)
-    catalog.cache_clear()
-    yield
-    catalog.cache_clear()
+def plugin(tinyclaims):
+    """Every test has the claims of the plug-in, and an empty folder."""
 
 
 @pytest.fixture
@@ -37,14 +23,6 @@ def until():
         return found
 
     return wait
-
-
-@pytest.fixture
-def trials(monkeypatch, tmp_path_factory):
-    """The trials that were begun, in whatever process."""
-    path = tmp_path_factory.mktemp("trials") / "begun"
-    monkeypatch.setenv("TINY_TRIALS", str(path))
-    return lambda: path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from gradio_client import Client, handle_file  # noqa: E402
 
 from paperworks.app.robustar import serve  # noqa: E402
 from paperworks.audit.robustar import RobustarProject  # noqa: E402
-from paperworks.commands.robustar import make_model, open_project, robustar  # noqa: E402
+from paperworks.commands.robustar import make_classifier, open_project, robustar  # noqa: E402
 from paperworks.errors import UserError  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -354,13 +354,13 @@ def test_models_are_made_by_name(tmp_path, monkeypatch):
     options = {"weights": None, "image_size": None, "channels": "3", "mean": "0", "std": "1", "device": "cpu"}
     project = open_project(root, model="mynet:make", **options)
     assert set(project.predict("train/day/00.png")) == {"day", "night"}
-    assert make_model("squeezenet1_0", 3)(torch.rand(1, 3, 64, 64)).shape == (1, 3)
+    assert make_classifier("squeezenet1_0", 3)(torch.rand(1, 3, 64, 64)).shape == (1, 3)
     with pytest.raises(UserError, match=r"--model 'resnet8' is no classifier of torchvision. Did you mean 'resnet18'"):
-        make_model("resnet8", 2)
-    with pytest.raises(UserError, match="--model 'nowhere:make' cannot be made"):
-        make_model("nowhere:make", 2)
+        make_classifier("resnet8", 2)
+    with pytest.raises(UserError, match="cannot import nowhere: No module named 'nowhere'"):
+        make_classifier("nowhere:make", 2)
     torch.save({"a": torch.zeros(1)}, tmp_path / "wrong.pt")
-    with pytest.raises(UserError, match="is no state_dict of mynet:make"):
+    with pytest.raises(UserError, match=r"wrong\.pt holds no weights of this model"):
         open_project(root, model="mynet:make", **options | {"weights": tmp_path / "wrong.pt"})
     with pytest.raises(UserError, match="--mean must be numbers with commas between, got 'a,b'"):
         open_project(root, model="mynet:make", **options | {"mean": "a,b"})

@@ -51,6 +51,7 @@ from paperworks.audit.robustar.masks import MaskFolder, StoredMask
 from paperworks.errors import UserError
 from paperworks.nn import mlp
 from paperworks.train import NonFiniteLoss, Trainer
+from stopping import Stop, StopAt
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -214,21 +215,14 @@ def test_training_without_partners_says_what_it_needs():
 
 
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
-    class Stop(Exception):
-        pass
+    def run(folder, stop=None):
+        interventions = [PairedTraining(), StopAt(stop)]
+        return fit(small_data(), interventions, checkpoint_dir=tmp_path / folder, checkpoint_every=1).state_dict()
 
-    def at(step):
-        def progress(fraction, text):
-            if step is not None and fraction > step:
-                raise Stop
-
-        return progress
-
-    run = partial(fit, small_data(), [PairedTraining()], checkpoint_every=1)
-    undisturbed = run(checkpoint_dir=tmp_path / "a").state_dict()
+    undisturbed = run("a")
     with pytest.raises(Stop):
-        run(checkpoint_dir=tmp_path / "b", progress=at(0.6))
-    resumed = run(checkpoint_dir=tmp_path / "b").state_dict()
+        run("b", stop=4)
+    resumed = run("b")
     assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
 
 
@@ -387,9 +381,10 @@ def test_saliency_lies_where_the_model_looks(kind):
 
 def test_saliency_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 36, 2)).train()
+    model[3].eval()  # frozen
     x = torch.rand(2, 3, 8, 8)
     guided, plain = saliency(model, x, kind="guided"), saliency(model, x)
-    assert model.training
+    assert [part.training for part in model] == [True, True, True, False]
     assert model[1].inplace
     assert not model[1]._backward_hooks
     assert all(p.grad is None for p in model.parameters())

@@ -14,10 +14,8 @@ from joblib.externals.loky import get_reusable_executor
 
 from paperworks.bench import load_claim
 from paperworks.bench.check import Plan, Records
-from paperworks.catalog import catalog
 from paperworks.cli import main
 
-PLUGIN = Path(__file__).parent / "plugin"
 UNDISTURBED = {}
 
 
@@ -37,16 +35,8 @@ class Done(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def plugin(monkeypatch, tmp_path):
-    """The claims of tests/bench/plugin, for this process and those it starts, which work in ``tmp_path``."""
-    monkeypatch.syspath_prepend(PLUGIN)
-    monkeypatch.setenv("PYTHONPATH", str(PLUGIN))
-    monkeypatch.chdir(tmp_path)
-    for variable in ("PAPERWORKS_STORE", "TINY_FAULT", "TINY_TRIALS"):
-        monkeypatch.delenv(variable, raising=False)
-    catalog.cache_clear()
-    yield
-    catalog.cache_clear()
+def plugin(tinyclaims):
+    """Every test has the claims of the plug-in, and an empty folder."""
 
 
 @pytest.fixture
@@ -67,14 +57,6 @@ def paperworks(capfd):
         return Done(ended.value.code, *capfd.readouterr())
 
     return run
-
-
-@pytest.fixture
-def trials(monkeypatch, tmp_path_factory):
-    """The trials that were begun, in whatever process."""
-    path = tmp_path_factory.mktemp("trials") / "begun"
-    monkeypatch.setenv("TINY_TRIALS", str(path))
-    return lambda: path.read_text().splitlines() if path.exists() else []
 
 
 def read(store="paperworks-runs"):

@@ -114,6 +114,7 @@ def test_a_claim_holds_if_all_of_it_does():
     assert verdicts("holds", "holds") == "holds"
     assert verdicts("holds", "undecided") == "undecided"
     assert verdicts("undecided", "fails", "holds") == "fails"
+    assert verdicts() is None
 
 
 def test_bad_expectations():

@@ -50,6 +50,7 @@ def test_a_page_stands_alone_and_escapes_what_it_shows(checked, paperworks):
         assert EVIL not in text
         shown = "".join(page.text)
         assert shown.count(EVIL) >= 2  # the setting's value and the expectation's name
+        assert f"paperworks check tiny --scale smoke --seeds 1 --set 'data={EVIL}'" in shown
         assert "Tiny <method>" in shown
         assert "On <b>one</b>" in shown
         images = [attrs["src"].partition(",")[2] for tag, attrs in page.tags if tag == "img"]

@@ -20,6 +20,7 @@ from paperworks.detection.core import (
     check_shots,
     coco_evaluate,
     coco_rows,
+    coco_splits,
     detect,
     flat_targets,
     keep_categories,
@@ -93,6 +94,12 @@ def test_crowds_and_empty_boxes_are_not_learned():
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "whose bbox is not four finite numbers: id 1"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, math.inf]), "whose bbox is not four finite numbers: id 1"),
         (lambda c: c["annotations"][0].update(bbox=[200, 2, 3, 4]), "whose bbox lies outside its image: id 1"),
+        (lambda c: c["annotations"][0].update(bbox=[20, 2, -3, 4]), "whose bbox has a negative side: id 1"),
+        (lambda c: c["images"][1].update(width="100"), "row 1 of images has width '100', expected pixels"),
+        (lambda c: c["images"][1].update(height=0), "row 1 of images has height 0, expected pixels"),
+        (lambda c: c["images"][0].update(id=[1]), r"row 0 of images has id \[1\], expected a whole number"),
+        (lambda c: c["annotations"][0].update(image_id="1"), "row 0 of annotations has image_id '1', expected a whole"),
+        (lambda c: c["images"][0].update(file_name=3), "row 0 of images has file_name 3, expected text"),
     ],
 )
 def test_bad_annotations_are_named_by_file_and_id(folder, change, message):
@@ -105,10 +112,10 @@ def test_bad_annotations_are_named_by_file_and_id(folder, change, message):
 
 def test_bad_files_are_named(folder):
     (folder / "images" / "1.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"1\.png cannot be read as an image"):
+    with pytest.raises(UserError, match=r"image 1 of .*annotations\.json: .*1\.png cannot be read as an image"):
         CocoData(folder / "annotations.json")[0]
     Image.new("RGB", (10, 10)).save(folder / "images" / "2.png")
-    with pytest.raises(UserError, match=r"2\.png is 10x10, and .*annotations\.json says 100x80"):
+    with pytest.raises(UserError, match=r"2\.png is 10x10, and .*annotations\.json says 100x80 of image 2"):
         CocoData(folder / "annotations.json")[1]
     (folder / "annotations.json").write_text("{")
     with pytest.raises(UserError, match=r"annotations\.json is no JSON"):
@@ -125,6 +132,68 @@ def test_flat_scenes_survive_the_disk(tmp_path):
         assert data.targets[k].labels.tolist() == scenes.labels[mine].tolist()
         x, y, w, h = (data.targets[k].boxes * 64).unbind(1)
         torch.testing.assert_close(torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1), scenes.boxes[mine])
+
+
+# To learn from and to measure on.
+
+
+def test_a_fifth_of_the_pictures_is_for_measuring(tmp_path):
+    file = write_coco(tmp_path / "set", flat_scenes(12, seed=0))
+    rows = json.loads(file.read_text())
+    busy = [row["id"] for row in rows["images"]][:10]
+    rows["annotations"] = [row for row in rows["annotations"] if row["image_id"] in busy]
+    file.write_text(json.dumps(rows))
+    train, val = coco_splits(file.parent, seed=0)
+    assert [len(part) for part in (train, val)] == [10, 2]
+    assert all(map(len, val.targets))  # both of those with objects
+    assert not set(train.image_ids) & set(val.image_ids)
+    assert (train.classes, train.folder, train.name) == (val.classes, val.folder, str(file))
+    assert {row["image_id"] for row in val.content["annotations"]} == set(val.image_ids)
+    assert coco_splits(file, seed=0)[1].image_ids == val.image_ids
+    assert any(coco_splits(file, seed=seed)[1].image_ids != val.image_ids for seed in range(1, 4))
+    assert val[0][0].shape == (3, 64, 64)
+    assert coco_splits(file.parent, longest=32)[0][0][0].shape == (3, 32, 32)
+
+
+def test_parts_that_are_there_are_taken(tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        write_coco(tmp_path / "set" / part, flat_scenes(count, seed=count))
+        published = tmp_path / "coco"
+        file = write_coco(tmp_path / "raw" / part, flat_scenes(count, seed=count))
+        (published / "annotations").mkdir(parents=True, exist_ok=True)
+        file.rename(published / "annotations" / f"instances_{part}2017.json")
+        (file.parent / "images").rename(published / f"{part}2017")
+    for folder in ("set", "coco"):
+        parts = coco_splits(tmp_path / folder)
+        assert [len(part) for part in parts] == [3, 2]
+        assert parts[1][1][0].shape == (3, 64, 64)
+
+
+def test_parts_that_cannot_be(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere is not there"):
+        coco_splits(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds neither annotations\.json nor train/annotations\.json and val"):
+        coco_splits(tmp_path)
+    write_coco(tmp_path / "train", flat_scenes(2))
+    with pytest.raises(UserError, match=r"holds neither annotations\.json nor train/annotations\.json and val"):
+        coco_splits(tmp_path)
+    write_coco(tmp_path / "one", flat_scenes(1))
+    with pytest.raises(UserError, match=r"annotations\.json has 1 picture with objects: expected at least 2"):
+        coco_splits(tmp_path / "one")
+    file = write_coco(tmp_path / "val", flat_scenes(2))
+    rows = json.loads(file.read_text())
+    file.write_text(json.dumps(rows | {"annotations": []}))
+    with pytest.raises(UserError, match=r"val/annotations\.json has no picture with objects"):
+        coco_splits(tmp_path)
+    (tmp_path / "val" / "images" / "000001.png").rename(tmp_path / "gone.png")
+    file.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"1 images without a file in .*val/images: id 2"):
+        coco_splits(tmp_path)
+    (tmp_path / "gone.png").rename(tmp_path / "val" / "images" / "000001.png")
+    rows["categories"][0]["name"] = "another"
+    file.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"val/annotations\.json differ in their categories"):
+        coco_splits(tmp_path)
 
 
 # Average precision.
@@ -145,6 +214,18 @@ def test_perfect_and_useless_detections(backend):
     shifted = [{**row, "bbox": [row["bbox"][0] + 60, *row["bbox"][1:]]} for row in perfect]
     assert coco_evaluate(TRUTH, shifted, backend=backend)["AP"] == pytest.approx(0)
     assert coco_evaluate(TRUTH, [], backend=backend)["AP"] == 0
+
+
+@backends
+def test_ids_may_begin_at_0(backend):
+    pytest.importorskip("faster_coco_eval" if backend == "faster" else "pycocotools")
+    truth = {
+        "images": [{"id": 0, "file_name": "0.png", "width": 100, "height": 80}],
+        "annotations": [{"id": 0, "image_id": 0, "category_id": 0, "bbox": BOX}],
+        "categories": [{"id": 0, "name": "cat"}],
+    }
+    assert coco_evaluate(truth, found((0, 0, BOX, 0.9)), backend=backend)["AP"] == pytest.approx(1)
+    assert truth["annotations"][0]["id"] == 0
 
 
 @backends

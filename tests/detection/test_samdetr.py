@@ -9,12 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torchvision.ops import box_convert, roi_align
 
 from paperworks.bench import Run, load_claim
+from paperworks.claims.detection.drawing import found
 from paperworks.detection import (
     AlignedCrossAttention,
     SamDecoderLayer,
@@ -425,6 +429,60 @@ def test_own_pictures_in_two_parts(tmp_path):
     assert math.isfinite(trial(tmp_path / "run", data=str(tmp_path / "set"))[0]["ap"])
 
 
+def test_photographs(tmp_path):
+    """Of unequal sizes, one grey, with category ids that are not contiguous, a crowd and a box without area."""
+    china, flower = (Image.fromarray(picture) for picture in load_sample_images().images)
+    pictures = {
+        "china.jpg": (china, [(9, [0, 180, 640, 200], 0)]),
+        "flower.jpg": (flower, [(2, [170, 60, 290, 330], 0), (2, [0, 0, 640, 427], 1)]),
+        "grey.png": (flower.convert("L").crop((100, 0, 500, 427)), [(2, [70, 60, 290, 330], 0), (9, [5, 5, 0, 9], 0)]),
+        "small.jpg": (china.resize((200, 133)), [(9, [0, 56, 200, 62], 0)]),
+        "sky.png": (china.crop((0, 0, 640, 120)), []),
+    }
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    rows = {"images": [], "annotations": [], "categories": [{"id": 9, "name": "temple"}, {"id": 2, "name": "flower"}]}
+    for id, (name, (picture, objects)) in enumerate(pictures.items(), 100):
+        picture.save(tmp_path / "set" / "images" / name)
+        rows["images"].append({"id": id, "file_name": name, "width": picture.width, "height": picture.height})
+        for category, box, crowd in objects:
+            row = {"id": len(rows["annotations"]), "image_id": id, "category_id": category}
+            rows["annotations"].append({**row, "bbox": box, "iscrowd": crowd})
+    (tmp_path / "set" / "annotations.json").write_text(json.dumps(rows))
+    figures, kept = trial(tmp_path / "run", data=str(tmp_path / "set"))
+    assert 0 <= figures["ap50"] <= 1
+    assert kept["detections.png"].startswith(b"\x89PNG")
+
+
+def test_few_pictures_are_seen_again_until_the_steps_are_done(folder, tmp_path):
+    claim, kept = load_claim("samdetr"), {}
+    run = Run(seed=0, scale="smoke", device="cpu", data_root=None, folder=tmp_path / "run", keep=kept.__setitem__)
+    settings = claim.settings.at("smoke", {"data": str(folder), "longest": 32, "batch_size": 3, "steps": 4})
+    claim.trial(run, "detr", settings)  # eight pictures: two passes of three batches
+    assert run.curves["AP50"][-1][0] == 6
+    assert [step for step, _ in run.curves["AP"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_was_found_is_drawn_where_it_is():
+    axes = Figure().subplots()
+    truth = Targets(torch.tensor([1]), torch.tensor([[0.5, 0.5, 0.2, 0.4]]), size=(40, 80))
+    logits = torch.tensor([[-9.0, 2.0], [-9.0, -9.0], [0.0, -9.0]])
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9], [0.1, 0.1, 0.4, 0.4]])
+    found(axes, torch.rand(3, 40, 80), truth, (logits, boxes), ("cup", "spoon"))
+    bounds = [patch.get_bbox().bounds for patch in axes.patches]
+    assert bounds == [
+        pytest.approx((0.4, 0.3, 0.2, 0.4)),
+        pytest.approx((-0.1, -0.1, 0.4, 0.4)),
+        pytest.approx((0.3, 0.3, 0.4, 0.4)),
+    ]
+    assert [text.get_text() for text in axes.texts] == ["cup 0.50", "spoon 0.88"]
+    assert all(0 <= place <= 1 for text in axes.texts for place in text.get_position())
+    assert (axes.get_xlim(), axes.get_ylim(), axes.get_aspect()) == ((0, 1), (1, 0), 0.5)
+    axes.clear()
+    found(axes, torch.rand(3, 40, 80), truth, (logits, boxes), ("cup", "spoon"), sure=0.9)
+    assert len(axes.patches) == 1
+    assert not axes.texts
+
+
 def test_own_pictures_that_are_bad(folder, tmp_path):
     file = folder / "annotations.json"
     content = json.loads(file.read_text())
@@ -432,16 +490,18 @@ def test_own_pictures_that_are_bad(folder, tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"annotations\.json: 1 annotations of an unknown category: id 3"):
         trial(tmp_path / "run", data=str(folder))
-    with pytest.raises(UserError, match=r"data must be 'scenes' or a folder with annotations\.json"):
+    with pytest.raises(
+        UserError, match=r"data must be 'scenes' or a folder in COCO's format, got '.*nowhere', which is not there"
+    ):
         trial(tmp_path / "run", data=str(tmp_path / "nowhere"))
     write_coco(tmp_path / "one", flat_scenes(1))
-    with pytest.raises(UserError, match="has 1 pictures: expected at least 2"):
+    with pytest.raises(UserError, match="has 1 picture with objects: expected at least 2"):
         trial(tmp_path / "run", data=str(tmp_path / "one"))
 
 
 def test_a_killed_trial_ends_with_the_same_figures(folder, tmp_path, monkeypatch):
     looks = vars(__import__(load_claim("samdetr").trial.__module__, fromlist=["Looks"]))["Looks"]
-    whole_run, _ = trial(tmp_path / "a", data=str(folder), epochs="2")
+    whole_run, seen = trial(tmp_path / "a", data=str(folder), steps="4")
     begins = looks.on_epoch_start
 
     def killed(self, state):
@@ -452,14 +512,11 @@ def test_a_killed_trial_ends_with_the_same_figures(folder, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(looks, "on_epoch_start", killed)
         with pytest.raises(KeyboardInterrupt):
-            trial(tmp_path / "b", data=str(folder), epochs="2")
-    resumed, _ = trial(tmp_path / "b", data=str(folder), epochs="2")
+            trial(tmp_path / "b", data=str(folder), steps="4")
+    resumed, seen_after = trial(tmp_path / "b", data=str(folder), steps="4")
     del whole_run["step_ms"], resumed["step_ms"]
     assert resumed == whole_run
-
-
-def test_arms_without_a_bar_can_be_left_out(tmp_path):
-    assert trial(tmp_path / "run", "sam", more_arms="false")[0] == {}
+    assert seen_after == seen  # to the pixel, of boxes and attention
 
 
 def test_three_levels_of_a_deeper_backbone():

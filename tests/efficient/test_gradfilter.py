@@ -24,7 +24,8 @@ from paperworks.efficient import (
 from paperworks.efficient.gradfilter.grid import PatchGrid
 from paperworks.errors import UserError
 from paperworks.nn.backbones import CifarResNet, ConvNet, mlp
-from paperworks.train import Intervention, State, Trainer
+from paperworks.train import Trainer
+from stopping import Stop, StopAt
 
 CHANNELS_LAST = torch.channels_last
 
@@ -597,19 +598,6 @@ def test_agreement_of_1x1_kernels_and_single_pixels_is_full():
 
 
 # Training.
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt(Intervention):
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    def on_batch(self, state: State) -> None:
-        if state.step == self.step:
-            raise Stop
 
 
 def train(folder=None, stop=None, model=None, **options) -> dict[str, Tensor]:

@@ -387,9 +387,9 @@ def test_a_folder_of_frames_is_profiled_as_a_clip(here):
     ("arguments", "message"),
     [
         (["mynets:smal", "--data", "digits"], "mynets has no 'smal'. Did you mean 'small'?"),
-        (["mynets", "--data", "digits"], "MODEL must be package.module:callable"),
+        (["mynets", "--data", "digits"], "a model must be package.module:callable"),
         (["no_such_module:net", "--data", "digits"], "cannot import no_such_module"),
-        (["mynets:asks", "--data", "digits"], "must need no arguments"),
+        (["mynets:asks", "--data", "digits"], "mynets:asks cannot be made: asks() missing 1"),
         (["mynets:number", "--data", "digits"], "must return an nn.Module, got int"),
         (["mynets:small"], "give either --data or --clip"),
         (["mynets:small", "--data", "digits", "--out", "r.pdf"], "--out must end in .html or .json"),

@@ -508,8 +508,9 @@ def test_the_worked_count():
 
 def test_flops_of_a_model_by_hand():
     model = nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 10, bias=False)).train()
+    model[0].eval()  # frozen
     assert forward_flops(model, (10,)) == {"": 200.0, "0": 100.0, "2": 100.0}
-    assert model.training
+    assert [part.training for part in model] == [False, True, True]
     assert training_flops(model, (10,)) == 600
     mask = SparsityMask(model, 0.75, ["2"])
     assert training_flops(model, (10,), mask, 0.8) == pytest.approx(300 + 100 * (0.24 + 0.24 + 0.2))  # 12 of 50 live

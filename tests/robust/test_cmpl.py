@@ -34,6 +34,7 @@ from paperworks.robust.cmpl import (
 )
 from paperworks.robust.cmpl.transforms import check_clips
 from paperworks.train import Intervention, Trainer
+from stopping import Stop, StopAt
 
 
 def generator(seed=0):
@@ -544,26 +545,13 @@ def test_both_networks_and_both_views_see_the_same_clips():
     assert torch.equal(primary_sees[4:10], primary_sees[10:])
 
 
-class Killed(Exception):
-    pass
-
-
-class KillAt(Intervention):
-    def __init__(self, step):
-        self.step = step
-
-    def on_batch(self, state):
-        if state.step == self.step:
-            raise Killed
-
-
 @pytest.mark.parametrize("step", [1, 4, 6])
 @pytest.mark.parametrize("auxiliary", [True, False])
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, step, auxiliary):
-    undisturbed = train(auxiliary=auxiliary, interventions=[KillAt(-1)])
-    with pytest.raises(Killed):
-        train(tmp_path, auxiliary=auxiliary, interventions=[KillAt(step)])
-    resumed = train(tmp_path, auxiliary=auxiliary, interventions=[KillAt(-1)])
+    undisturbed = train(auxiliary=auxiliary, interventions=[StopAt()])
+    with pytest.raises(Stop):
+        train(tmp_path, auxiliary=auxiliary, interventions=[StopAt(step)])
+    resumed = train(tmp_path, auxiliary=auxiliary, interventions=[StopAt()])
     assert torch.equal(weights(*undisturbed[:2]), weights(*resumed[:2]))
     assert undisturbed[2] == resumed[2]
 

@@ -32,6 +32,7 @@ from paperworks.robust.iern import (
     strata_spread,
 )
 from paperworks.train import Batches, Intervention, Trainer
+from stopping import Stop, StopAt
 
 
 def seeded(seed=0):
@@ -588,23 +589,14 @@ def test_the_losses_of_the_steps_are_logged():
     assert {"iern/center", "iern/reconstruction", "iern/confusion", "iern/discriminators"} <= set(history.last)
 
 
-class Stop(Intervention):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, state):
-        if state.step == self.step:
-            raise KeyboardInterrupt
-
-
 def test_a_killed_run_resumes_to_the_same_model(tmp_path):
     whole = small_iern()
     fit(whole, whole.optimizers(), epochs=3)
     killed = small_iern()
-    with pytest.raises(KeyboardInterrupt):
-        fit(killed, killed.optimizers(), 3, interventions=[Stop(6)], checkpoint_dir=tmp_path, checkpoint_every=1)
+    with pytest.raises(Stop):
+        fit(killed, killed.optimizers(), 3, interventions=[StopAt(6)], checkpoint_dir=tmp_path, checkpoint_every=1)
     resumed = small_iern(generator=seeded(9))
-    fit(resumed, resumed.optimizers(), 3, interventions=[Stop(99)], checkpoint_dir=tmp_path, checkpoint_every=1)
+    fit(resumed, resumed.optimizers(), 3, interventions=[StopAt()], checkpoint_dir=tmp_path, checkpoint_every=1)
     for p, q in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(p, q)
 

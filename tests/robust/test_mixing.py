@@ -11,7 +11,8 @@ from torchvision.transforms import v2
 
 from paperworks.errors import UserError
 from paperworks.robust.mixing import CutMix, Mixup, blend, cutmix_mask, soft_targets
-from paperworks.train import Intervention, State, Trainer
+from paperworks.train import Trainer
+from stopping import Stop, StopAt
 
 
 def batch(size: int = 6, side: int = 8, classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,27 +101,11 @@ def test_soft_targets_pass_and_can_be_mixed_again():
     torch.testing.assert_close(softer.sum(1), torch.ones(6))
 
 
-class Stop(Exception):
-    pass
-
-
-class StopAt(Intervention):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, state: State) -> None:
-        if state.step == self.step:
-            raise Stop
-
-    def state_dict(self) -> dict:
-        return {}
-
-
 @pytest.mark.parametrize("make", [Mixup, CutMix])
 def test_a_killed_run_resumes_to_the_same_weights(make, tmp_path):
     x, y = batch(24)
 
-    def train(folder, stop=10**9):
+    def train(folder, stop=None):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = nn.Sequential(nn.Flatten(), nn.Linear(128, 5))

@@ -1,6 +1,6 @@
-import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from paperworks.errors import UserError
+import paperworks
+from paperworks.errors import MissingExtra, UserError
 from paperworks.nn.backbones import ConvNet
 from paperworks.robust.mixing import blend
 from paperworks.robust.rmix import (
@@ -25,7 +26,8 @@ from paperworks.robust.rmix import (
     row_quantile,
     saliency_mask,
 )
-from paperworks.train import Intervention, State, Trainer
+from paperworks.train import Trainer
+from stopping import Stop, StopAt
 
 # The worked example: two 4x4 images, four patches each, and how salient these are.
 PAIR = torch.arange(32.0).view(2, 1, 4, 4)
@@ -277,20 +279,7 @@ def test_random_saliency_does_not_ask_the_model():
     assert not torch.equal(mixed, x)
 
 
-class Stop(Exception):
-    pass
-
-
-class StopAt(Intervention):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, state: State) -> None:
-        if state.step == self.step:
-            raise Stop
-
-
-def train(folder, *, stop: int = 10**9, **options) -> dict[str, Tensor]:
+def train(folder, *, stop: int | None = None, **options) -> dict[str, Tensor]:
     model, (x, y) = small_model(), small_batch(24)
     trainer = Trainer(
         2,
@@ -415,21 +404,16 @@ def test_fgsm_steps_along_the_sign_of_the_gradient_within_the_pixels_range():
         fgsm(model, x, y, -0.1)
 
 
-def test_importing_rmix_does_not_need_the_extra_and_rl_mix_names_it():
-    code = """
-import sys
-sys.modules["gymnasium"] = sys.modules["stable_baselines3"] = None
-from paperworks.robust import rmix
-from paperworks.errors import MissingExtra
-for name in ("RLMixEnv", "train_rl_mix"):
-    try:
-        getattr(rmix, name)
-    except MissingExtra as error:
-        assert "pip install 'paperworks[agents]'" in str(error), error
-    else:
-        raise AssertionError(name)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_importing_rmix_does_not_need_the_extra_and_rl_mix_names_it(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("paperworks.robust")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("gymnasium", "stable_baselines3"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(paperworks, "robust", None)  # which the import binds anew
+    rmix = import_module("paperworks.robust.rmix")
+    for name in ("RLMixEnv", "train_rl_mix"):
+        with pytest.raises(MissingExtra, match=r"pip install 'paperworks\[agents\]'"):
+            getattr(rmix, name)
 
 
 def test_unknown_names_are_unknown():

@@ -386,9 +386,10 @@ def test_other_interventions_and_callbacks_take_part():
 
 def test_logits_are_predicted_in_evaluation_mode_and_in_parts():
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), torch.randn(11, 4, generator=generator())
+    model[0].eval()  # frozen
     found = predict_logits(model, x, batch_size=4)
     assert torch.allclose(found, model[0](x), atol=1e-6)
-    assert model.training
+    assert [part.training for part in model] == [False, True]
     assert not found.requires_grad
 
 

@@ -219,6 +219,14 @@ def test_evaluation_measures_the_plain_model_on_all_examples(network, data):
     assert set(trainer.evaluate(model, held_out)) == {"eval/accuracy"}
 
 
+def test_evaluation_leaves_frozen_parts_frozen(network, data):
+    model = network(dropout=0.5)
+    frozen = next(model.children()).eval()
+    Trainer(1).evaluate(model, data, F.cross_entropy)
+    assert model.training
+    assert not frozen.training
+
+
 def test_evaluation_comes_every_so_many_epochs_and_last(network, data):
     history = Trainer(5, eval_every=2).fit(network(), data, data, **cross_entropy)
     assert ["eval/loss" in row for row in history] == [False, True, False, True, True]

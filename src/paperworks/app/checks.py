@@ -199,12 +199,17 @@ def planned(order: Order) -> StoredRun:
 def standing(site: Site, run: StoredRun) -> dict[str, Any]:
     """Where a run stands: its state, how many trials are done, of how many."""
     order = site.orders.get(run.id)
-    arms = run.arms if run.is_combination else list(dict.fromkeys([*run.claim.arms, *run.arms]))
+    arms, asked = run.arms, set(run.arms)
+    if not run.is_combination:
+        own = run.claim.arms_at[run.scale]
+        arms = list(dict.fromkeys([*own, *arms]))
+        asked = {*own, *run.planned, *(trial["arm"] for trial in run.live)}
     between = order is None and time.time() - run.changed < BETWEEN
     usual = run.claim.seeds[run.scale] if run.live else 0
     seeds = max(run.seeds, usual) if order is None else max(order.seeds, run.seeds if not order.active else 0)
     done = sum(record["seed"] < seeds for record in run.records)
-    total = len(arms) * seeds
+    more = sum(record["seed"] < seeds and record["arm"] not in asked for record in run.records)
+    total = len(asked) * seeds + more  # arms beyond the scale's count as far as they are measured
     if order is not None and order.active:
         state = order.status
     elif run.live:

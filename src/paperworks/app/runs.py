@@ -119,8 +119,8 @@ class StoredRun:
 
     @cached_property
     def complete(self) -> list[dict[str, Any]]:
-        """The records of those seeds at which every arm is measured."""
-        arms = set(self.claim.arms)
+        """The records of the scale's arms, of those seeds at which each of them is measured."""
+        arms = set(self.claim.arms_at[self.scale])
         by_seed: dict[int, set[str]] = {}
         for record in self.records:
             by_seed.setdefault(record["seed"], set()).add(record["arm"])

@@ -62,7 +62,7 @@ class Plan:
             raise UserError("device cuda: no GPU is visible to PyTorch here; use --device cpu or auto")
 
     def trials(self, claim: Claim, arms: Sequence[str] | None = None, code: str | None = None) -> list[Trial]:
-        """Every arm at every seed."""
+        """Every arm of the scale, or these, at every seed."""
         settings = claim.settings.at(self.scale, self.overrides).model_dump(mode="json")
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         root = str(Path(self.data_root).expanduser().resolve()) if self.data_root else ""
@@ -70,7 +70,7 @@ class Plan:
         return [
             Trial(claim.slug, arm, seed, self.scale, settings, device, root, code)
             for seed in range(self.seeds or claim.seeds[self.scale])
-            for arm in arms or claim.arms
+            for arm in arms or claim.arms_at[self.scale]
         ]
 
     def factorial(self, claim: Claim, joining: Sequence[Claim]) -> list[Trial]:

@@ -6,7 +6,7 @@ import ast
 import hashlib
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
@@ -16,7 +16,7 @@ from paperworks.errors import MissingExtra, UserError, unknown
 from paperworks.train import Intervention
 
 from .expectations import Expectation
-from .settings import Settings
+from .settings import SCALES, Settings
 
 if TYPE_CHECKING:
     from .run import Run
@@ -49,10 +49,16 @@ Joins = Callable[[Task], Intervention]
 
 @dataclass
 class Claim:
-    """A claim as its file defines it; made by the decorator ``claim``."""
+    """A claim as its file defines it; made by the decorator ``claim``.
+
+    Attributes:
+        arms: What is compared at ``full``, baseline first.
+        arms_at: Those of them that a scale measures.
+    """
 
     slug: str
     arms: tuple[str, ...]
+    arms_at: Mapping[str, tuple[str, ...]]
     expects: tuple[Expectation, ...]
     seeds: Mapping[str, int]
     settings: type[Settings]
@@ -94,6 +100,21 @@ class Claim:
         assert self._joins is not None
         return self._joins(task)
 
+    def choose(self, arms: Collection[str]) -> tuple[str, ...]:
+        """Some of the arms, in the claim's order.
+
+        Raises:
+            UserError: For one that is not there.
+        """
+        for arm in arms:
+            if arm not in self.arms:
+                raise unknown("arm", arm, self.arms)
+        return tuple(arm for arm in self.arms if arm in arms)
+
+    def judged(self, arms: Collection[str]) -> list[Expectation]:
+        """The expectations that can be judged by these arms: those that name no other."""
+        return [expectation for expectation in self.expects if set(expectation.arms) <= set(arms)]
+
     @property
     def code(self) -> str:
         """Fingerprint of the code that measures; comments and docstrings do not count."""
@@ -107,7 +128,7 @@ class Claim:
 def claim(
     slug: str,
     *,
-    arms: Sequence[str],
+    arms: Sequence[str] | Mapping[str, Sequence[str]],
     expects: Sequence[Expectation],
     seeds: Mapping[str, int] | None = None,
 ) -> Callable[[Callable[[Run, str, Any], dict[str, float]]], Claim]:
@@ -115,14 +136,18 @@ def claim(
 
     Args:
         slug: The method's slug.
-        arms: What is compared, baseline first.
-        expects: What must hold of the arms.
+        arms: What is compared, baseline first; or, by scale, what each compares, of what ``full`` does.
+        expects: What must hold of the arms. A scale judges those expectations all of whose arms it measures.
         seeds: How many seeds each scale measures; see ``SEEDS`` for those not given.
 
     Example:
         >>> @claim("logitclip", arms=["ce", "logitclip"], expects=[Gain("accuracy", "logitclip", over="ce")])
         ... def trial(run: Run, arm: str, settings: LogitClipSettings) -> dict[str, float]: ...
     """
+    arms_at = arms if isinstance(arms, Mapping) else dict.fromkeys(SCALES, arms)
+    if set(arms_at) != set(SCALES):
+        raise UserError(f"arms must name the scales {', '.join(SCALES)}, got {', '.join(arms_at) or 'none'}")
+    arms = arms_at["full"]
     for arm in arms:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+._-]*", arm):
             raise UserError(f"arm {arm!r} must consist of letters, digits and + . _ -")
@@ -132,10 +157,16 @@ def claim(
         for arm in expectation.arms:
             if arm not in arms:
                 raise unknown("arm", arm, arms)
+    for scale, some in arms_at.items():
+        if list(some) != [arm for arm in arms if arm in some]:
+            raise UserError(f"arms of scale {scale} must be among full's and in their order, {', '.join(arms)}")
+        if not any(set(expectation.arms) <= set(some) for expectation in expects):
+            raise UserError(f"the claim of {slug} expects nothing of the arms of scale {scale}")
 
     def declare(function: Callable[[Run, str, Any], dict[str, float]]) -> Claim:
         settings = get_type_hints(function)["settings"]
-        return Claim(slug, tuple(arms), tuple(expects), {**SEEDS, **(seeds or {})}, settings, function)
+        by_scale = {scale: tuple(some) for scale, some in arms_at.items()}
+        return Claim(slug, tuple(arms), by_scale, tuple(expects), {**SEEDS, **(seeds or {})}, settings, function)
 
     return declare
 

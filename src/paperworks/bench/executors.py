@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 from joblib import Parallel, delayed, parallel_config
@@ -56,7 +57,14 @@ def execute(
     with parallel_config(**options):
         returns = "list" if executor == "ray" else "generator_unordered"  # joblib's Ray backend has no generators
         run = Parallel(return_as=returns, batch_size=1, pre_dispatch="all")
-        yield from run(delayed(measure)(trial, store_url, threads, fresh=fresh) for trial in trials)
+        results = run(delayed(measure)(trial, store_url, threads, fresh=fresh) for trial in trials)
+        try:
+            for trial in results:  # noqa: UP028 - "yield from" would close joblib's generator before we can
+                yield trial
+        finally:
+            if isinstance(results, Generator):
+                with warnings.catch_warnings(action="ignore"):  # joblib tells what it cancels when we leave early
+                    results.close()
 
 
 def _register_ray() -> None:

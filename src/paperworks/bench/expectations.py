@@ -173,7 +173,9 @@ def _column(table: Table, arm: str, metric: str) -> NDArray[np.float64]:
     return table[arm][metric]
 
 
-def overall(verdicts: Sequence[Verdict]) -> Judgement:
-    """A claim *holds* if all of it does and *fails* if any part does."""
+def overall(verdicts: Sequence[Verdict]) -> Judgement | None:
+    """A claim *holds* if all of it does and *fails* if any part does; of nothing there is no verdict."""
     seen = {verdict.verdict for verdict in verdicts}
+    if not seen:
+        return None
     return "fails" if "fails" in seen else "undecided" if "undecided" in seen else "holds"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import re
 import shlex
@@ -47,6 +48,7 @@ class Grid:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def render(title: str, parts: Sequence[Part], digest: str = "") -> str:
 
 
 def publish(claim: Claim, records: Records, results: Path) -> tuple[Summary, Path]:
-    """Judge a claim and write its JSON, pictures and page into ``results/<slug>/``; nothing is drawn twice.
+    """Judge a claim and write its JSON, pictures and page into ``results/<slug>/``, those of chosen arms into a folder
+    of their own in it; nothing is drawn twice.
 
     Returns:
         The summary and the path of the page.
@@ -103,7 +106,7 @@ def publish(claim: Claim, records: Records, results: Path) -> tuple[Summary, Pat
     rows = records.of(claim)
     scale = records.plan.scale
     summary = summarise(claim, scale, rows)
-    page = results / claim.slug / f"{scale}.html"
+    page = summary.folder(results) / f"{scale}.html"
     if _digest_of(page) == summary.digest and (published := summary.published(results)):
         return published, page
     pictures = _pictures(summary, rows, records)
@@ -124,6 +127,10 @@ def claim_part(summary: Summary, pictures: Sequence[Picture]) -> Part:
     settings = [[Cell(name), Cell(str(value))] for name, value in summary.settings.items()]
     versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
     machine = summary.machine.get("gpu") or f"{summary.machine.get('processor')}, {summary.machine.get('cores')} cores"
+    command = ["paperworks", "check", summary.slug, "--scale", summary.scale, "--seeds", str(summary.seeds)]
+    command += ["--arms", ",".join(summary.chosen)] if summary.chosen else []
+    for name, value in summary.changed.items():
+        command += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return Part(
         slug=summary.slug,
         card=card,
@@ -135,35 +142,30 @@ def claim_part(summary: Summary, pictures: Sequence[Picture]) -> Part:
                 "Expectations",
                 ["what", "bar", "estimate", "95 % interval", "verdict"],
                 _verdict_rows(summary),
+                f"Not judged: {summary.left_out}." if summary.left_out else "",
             ),
             Grid("Arms: mean ± standard deviation over seeds", *_arm_rows(summary)),
         ],
         settings=[Grid("Settings", ["setting", "value"], settings)],
         figures=pictures,
         notes=[" ".join(note.split()) for note in notes],
-        command=shlex.join(
-            ["paperworks", "check", summary.slug, "--scale", summary.scale, "--seeds", str(summary.seeds)]
-        ),
+        command=shlex.join(command),
         footer=f"{summary.cpu_seconds:g} CPU-seconds on {machine}. {versions}. Measured {summary.measured}.",
     )
 
 
 def _pictures(summary: Summary, rows: Sequence[dict[str, Any]], records: Records) -> list[Picture]:
     names = list(dict.fromkeys(name for metrics in summary.arms.values() for name in metrics))
-    drawn = [
-        Picture(
-            "expectations",
-            "Expectations with 95 % intervals, beside their bars",
-            figure_png(figures.forest(summary.expectations)),
-        ),
-        Picture(
-            "metrics",
-            "Metrics by arm: a dot a seed, a stroke at the mean",
-            figure_png(figures.metrics(summary.arms, names)),
-        ),
-    ]
-    if (drawing := figures.curves(rows)) is not None:
-        drawn.append(Picture("curves", "Curves: mean and standard deviation over seeds", figure_png(drawing)))
+    drawn = []
+    if summary.expectations:
+        drawing = figures.forest(summary.expectations)
+        drawn.append(
+            Picture("expectations", "Expectations with 95 % intervals, beside their bars", figure_png(drawing))
+        )
+    drawing = figures.metrics(summary.arms, names)
+    drawn.append(Picture("metrics", "Metrics by arm: a dot a seed, a stroke at the mean", figure_png(drawing)))
+    if (curves := figures.curves(rows)) is not None:
+        drawn.append(Picture("curves", "Curves: mean and standard deviation over seeds", figure_png(curves)))
     for record in rows:
         for name in record["artefacts"]:
             if name.endswith(".png"):
@@ -177,7 +179,7 @@ def stored_pictures(summary: Summary, results: Path) -> list[Picture]:
     """The pictures that ``publish`` left beside a summary."""
     order = ("expectations", "metrics", "curves")
     found = []
-    for path in sorted((results / summary.slug).glob(f"{summary.scale}-*.png")):
+    for path in sorted(summary.folder(results).glob(f"{summary.scale}-*.png")):
         name = path.stem.removeprefix(f"{summary.scale}-")
         found.append(Picture(name, name.replace("-", " "), path.read_bytes()))
     return sorted(found, key=lambda p: (order.index(p.name) if p.name in order else len(order), p.name))
@@ -280,7 +282,8 @@ def methods_table(results: Sequence[Summary], link: str = "") -> str:
     for card in catalog().values():
         if card.slug in found:
             summary = found[card.slug]
-            verdict = f"{summary.verdict} ({summary.scale}, {summary.seeds} seeds)"
+            of = f", {summary.share}" if summary.unjudged else ""
+            verdict = f"{summary.verdict} ({summary.scale}, {summary.seeds} seeds{of})"
         else:
             verdict = "not measured yet" if card.built else "planned"
         name = f"[{card.name}]({link}{card.slug}.md)" if link and card.built else card.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -45,14 +45,41 @@ class Found(BaseModel):
         return math.inf if value is None else value
 
 
+class Unjudged(BaseModel):
+    """Expectations that were not judged for want of arms.
+
+    Attributes:
+        names: Their labels.
+        missing: Arms that were not measured.
+        scales: Where they are.
+    """
+
+    names: list[str]
+    missing: list[str]
+    scales: list[str]
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.names)} (needs {', '.join(self.missing)}; judged at {', '.join(self.scales)})"
+
+
 class Summary(BaseModel):
-    """All that a report says about one claim at one scale."""
+    """All that a report says about one claim at one scale.
+
+    Attributes:
+        verdict: Over the expectations that were judged; none if there were none.
+        unjudged: Those that were not.
+        chosen: The arms, where others were asked for than the scale's own.
+        changed: Settings that are not the scale's own.
+    """
 
     slug: str
     scale: str
     seeds: int
-    verdict: Judgement
+    verdict: Judgement | None
     expectations: list[Found]
+    unjudged: list[Unjudged] = []
+    chosen: list[str] = []
+    changed: dict[str, Any] = {}
     arms: dict[str, dict[str, list[float]]]
     settings: dict[str, Any]
     device: str
@@ -66,11 +93,34 @@ class Summary(BaseModel):
         """What ``report --json`` prints of it."""
         fields = {"name", "verdict", "estimate", "low", "high"}
         expectations = [found.model_dump(mode="json", include=fields) for found in self.expectations]
-        return {"slug": self.slug, "scale": self.scale, "seeds": self.seeds, "expectations": expectations}
+        brief = {"slug": self.slug, "scale": self.scale, "seeds": self.seeds, "expectations": expectations}
+        return brief | ({"unjudged": [left.model_dump() for left in self.unjudged]} if self.unjudged else {})
+
+    @property
+    def verdict_text(self) -> str:
+        """The verdict, and of how many expectations if not of all."""
+        if self.verdict is None:
+            return "no verdict"
+        return f"{self.verdict} ({self.share})" if self.unjudged else self.verdict
+
+    @property
+    def share(self) -> str:
+        """How many expectations were judged: ``4 of 5 expectations``."""
+        count = len(self.expectations)
+        return f"{count} of {count + sum(len(left.names) for left in self.unjudged)} expectations"
+
+    @property
+    def left_out(self) -> str:
+        """Which expectations were not judged, in a line; empty if all were."""
+        return "; ".join(map(str, self.unjudged))
+
+    def folder(self, results: Path) -> Path:
+        """Where it stands in a results folder; chosen arms have a folder of their own, and replace nothing."""
+        return results / self.slug / ",".join(self.chosen)
 
     def path(self, results: Path) -> Path:
-        """Where it stands in a results folder."""
-        return results / self.slug / f"{self.scale}.json"
+        """Its JSON in a results folder."""
+        return self.folder(results) / f"{self.scale}.json"
 
     def published(self, results: Path) -> Self | None:
         """What stands there, if it says the same but for the date."""
@@ -82,21 +132,25 @@ class Summary(BaseModel):
 
 
 def summarise(claim: Claim, scale: str, records: Sequence[dict[str, Any]]) -> Summary:
-    """Judge a claim by its trials' records, which hold every arm at every seed."""
+    """Judge a claim by its trials' records, which hold some of its arms, each at every seed."""
+    arms = claim.choose({record["arm"] for record in records})
     seeds = sorted({record["seed"] for record in records})
-    by_arm = {arm: sorted((r for r in records if r["arm"] == arm), key=lambda r: r["seed"]) for arm in claim.arms}
+    by_arm = {arm: sorted((r for r in records if r["arm"] == arm), key=lambda r: r["seed"]) for arm in arms}
     table: Table = {
         arm: {name: np.array([r["metrics"][name] for r in rows]) for name in rows[0]["metrics"]}
         for arm, rows in by_arm.items()
     }
-    verdicts: list[Verdict] = [expectation.judge(table) for expectation in claim.expects]
-    first = records[0]
+    verdicts: list[Verdict] = [expectation.judge(table) for expectation in claim.judged(arms)]
+    first, usual = records[0], claim.settings.at(scale).model_dump(mode="json")
     return Summary(
         slug=claim.slug,
         scale=scale,
         seeds=len(seeds),
         verdict=overall(verdicts),
         expectations=[Found(**vars(verdict)) for verdict in verdicts],
+        unjudged=_unjudged(claim, arms),
+        changed={name: value for name, value in first["settings"].items() if usual.get(name, ...) != value},
+        chosen=[] if arms == claim.arms_at[scale] else list(arms),
         arms={arm: {name: values.tolist() for name, values in metrics.items()} for arm, metrics in table.items()},
         settings=first["settings"],
         device=first["device"],
@@ -106,6 +160,17 @@ def summarise(claim: Claim, scale: str, records: Sequence[dict[str, Any]]) -> Su
         measured=datetime.now(UTC).date().isoformat(),
         digest="-".join(sorted(record["checksum"][:8] for record in records)),
     )
+
+
+def _unjudged(claim: Claim, arms: Collection[str]) -> list[Unjudged]:
+    """The expectations that name other arms, those together that miss the same."""
+    found: dict[tuple[str, ...], Unjudged] = {}
+    for expectation in claim.expects:
+        if missing := tuple(arm for arm in expectation.arms if arm not in arms):
+            scales = [scale for scale in SCALES if expectation in claim.judged(claim.arms_at[scale])]
+            left = found.setdefault((*missing, *scales), Unjudged(names=[], missing=list(missing), scales=scales))
+            left.names.append(expectation.name or expectation.label)
+    return list(found.values())
 
 
 def read_all(results: Path) -> list[Summary]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import click
 
-from paperworks.errors import UserError, nearest
+from paperworks.errors import UserError
+
+from .models import load_weights, make_model
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -61,7 +60,9 @@ def profile(
 
     from paperworks.efficient.redundancy import RedundancyProfiler
 
-    network = _model(model, weights)
+    network = make_model(model)
+    if weights is not None:
+        load_weights(network, weights)
     examples = _images(data, data_root, image_size, limit) if data is not None else _frames(clip, image_size, limit)
     try:
         report = RedundancyProfiler(network).run(torch.split(examples, batch_size), temporal=clip is not None)
@@ -82,46 +83,6 @@ def profile(
     if out is not None:
         report.save(out)
         click.echo(f"Report: {out}")
-
-
-def _model(name: str, weights: Path | None) -> nn.Module:
-    from torch import nn
-
-    module_name, colon, attribute = name.partition(":")
-    if not colon or not module_name or not attribute:
-        raise UserError(f"MODEL must be package.module:callable, e.g. torchvision.models:resnet18, got {name!r}")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"cannot import {module_name}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    if not hasattr(module, attribute):
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{module_name} has no {attribute!r}.{nearest(attribute, public)}")
-    make = getattr(module, attribute)
-    try:
-        made = make() if callable(make) and not isinstance(make, nn.Module) else make
-    except TypeError as error:
-        raise UserError(f"{name} must need no arguments: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise UserError(f"{name} must return an nn.Module, got {type(made).__name__}")
-    if weights is not None:
-        _load(made, weights)
-    return made
-
-
-def _load(model: nn.Module, path: Path) -> None:
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        model.load_state_dict(state)
-    except (OSError, RuntimeError, TypeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{path} holds no weights of this model: {str(error).splitlines()[0]}") from error
 
 
 def _images(source: str, root: Path | None, size: int | None, limit: int) -> Tensor:

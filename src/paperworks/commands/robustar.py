@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from paperworks.errors import UserError, nearest
+
+from .models import load_weights, make_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +30,7 @@ def robustar() -> None:
     metavar="NAME",
     help="A classifier of torchvision (resnet18 …), or package.module:function, called with the number of classes.",
 )
-@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="Its state_dict, loaded as data only.")
+@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="Its state dict: .safetensors or .pt.")
 @click.option("--image-size", type=int, metavar="N", help="Side to which images are scaled for the model.")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="The model's input.")
 @click.option("--mean", default="0", show_default=True, metavar="A[,B,C]", help="Subtracted from pixels in [0, 1].")
@@ -70,8 +70,6 @@ def open_project(
     device: str,
 ) -> Any:
     """The project of a folder with the model that the options name."""
-    import torch
-
     from paperworks.audit.robustar import Preprocess, RobustarProject
 
     train = root / "train"
@@ -80,13 +78,9 @@ def open_project(
     classes = sorted(path.name for path in train.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise UserError(f"{train} holds no class folders (train/<class>/<image>)")
-    made = make_model(model, len(classes))
+    made = make_classifier(model, len(classes))
     if weights is not None:
-        try:
-            made.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        except Exception as error:  # many kinds, by the way in which a file is none
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"--weights {weights} is no state_dict of {model}: {reason}") from error
+        load_weights(made, weights)
     try:
         made = made.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -96,24 +90,16 @@ def open_project(
     return RobustarProject(root, made, classes, transform)
 
 
-def make_model(name: str, num_classes: int) -> nn.Module:
+def make_classifier(name: str, num_classes: int) -> nn.Module:
     """A classifier by its name."""
-    module, colon, function = name.partition(":")
-    if not colon:
-        from torchvision import models
+    if ":" in name:
+        return make_model(name, num_classes)
+    from torchvision import models
 
-        known = models.list_models(module=models)
-        if name not in known:
-            raise UserError(f"--model {name!r} is no classifier of torchvision.{nearest(name, known)}")
-        return models.get_model(name, num_classes=num_classes)
-    sys.path.insert(0, "")
-    try:
-        made: nn.Module = getattr(importlib.import_module(module), function)(num_classes)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"--model {name!r} cannot be made: {error}") from error
-    finally:
-        sys.path.pop(0)
-    return made
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UserError(f"--model {name!r} is no classifier of torchvision.{nearest(name, known)}")
+    return models.get_model(name, num_classes=num_classes)
 
 
 def _credentials(auth: str | None) -> tuple[str, str] | None:

@@ -18,14 +18,20 @@ from .dynrec import (
     rec_accuracy,
     reinforce_loss,
 )
+from .metadetr import CodeBook, CorrelationalAggregation, EpisodeSampler, MetaCriterion, MetaDetr, plain_detr
 from .samdetr import AlignedCrossAttention, SamDecoderLayer, SamDetr, SemanticsAligner, level_schedule, smca_prior
 
 __all__ = [
     "AlignedCrossAttention",
+    "CodeBook",
+    "CorrelationalAggregation",
     "DynamicReasoner",
+    "EpisodeSampler",
     "FixedReasoner",
     "GridTokens",
     "GroundingLoss",
+    "MetaCriterion",
+    "MetaDetr",
     "PonderLoss",
     "ReinforcedHalting",
     "SamDecoderLayer",
@@ -40,6 +46,7 @@ __all__ = [
     "level_schedule",
     "load_ref_reasoning",
     "load_refer",
+    "plain_detr",
     "rec_accuracy",
     "reinforce_loss",
     "smca_prior",

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from paperworks.errors import UserError
+from paperworks.nn import keeping_modes
 
 from . import checkpoint
 from .batches import Batches, loader
@@ -210,9 +211,8 @@ class Trainer:
         """
         metrics, mean = self.metrics.clone().to(self.fabric.device), MeanMetric().to(self.fabric.device)
         precision = self.fabric.strategy.precision
-        was_training = model.training
-        self.fabric.to_device(model).eval()
-        with checkpoint.seeded(self.seed):  # looking must not change what training draws
+        with keeping_modes(model), checkpoint.seeded(self.seed):  # looking must not change what training draws
+            self.fabric.to_device(model).eval()
             for inputs, targets, *_ in self.loader(data, shuffle=False):
                 with precision.forward_context():
                     outputs = model(precision.convert_input(inputs))
@@ -220,7 +220,6 @@ class Trainer:
                 metrics.update(outputs, targets)
                 if loss is not None:
                     mean.update(loss(outputs, targets), weight=len(targets))
-        model.train(was_training)
         figures = {name: float(value) for name, value in metrics.compute().items()}
         return figures | ({"eval/loss": float(mean.compute())} if loss is not None else {})
 

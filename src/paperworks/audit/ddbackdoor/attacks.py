@@ -12,6 +12,7 @@ from torch.optim import Adam
 from paperworks.audit.ddbackdoor.pixels import Images, Normalization
 from paperworks.audit.ddbackdoor.trigger import Trigger, check_attack, poison
 from paperworks.errors import UserError
+from paperworks.nn import keeping_modes
 
 Outcome = Literal["reached", "out of steps", "stuck", "dead"]
 
@@ -79,12 +80,12 @@ def update_trigger(
     neurons = module.weight.detach().abs().sum(1).topk(topk).indices
     weight, bias = module.weight[neurons].detach(), None if module.bias is None else module.bias[neurons].detach()
     seen: list[Tensor] = []
-    watch = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    was_training, value = net.training, trigger.value.detach().clone().requires_grad_()
+    value = trigger.value.detach().clone().requires_grad_()
     optimizer = Adam([value], lr, betas=(0.9, 0.99), fused=True)
     goal, before = torch.zeros(()), 0.0
     outcome: Outcome = "out of steps"
-    try:
+    watch = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with watch, keeping_modes(net):
         net.eval()
         for step in range(steps + 1):
             seen.clear()
@@ -110,9 +111,6 @@ def update_trigger(
                     if torch.equal(value, here) and torch.equal(within.clamp(here - value.grad), here):
                         outcome = "stuck"
                         break
-    finally:
-        watch.remove()
-        net.train(was_training)
     found = torch.where(trigger.mask, value.detach(), trigger.value)
     return Trigger(found, trigger.mask), TriggerUpdate(before, active.mean().item(), step, outcome)
 

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv2d_weight
 
 from paperworks.errors import UserError, unknown
+from paperworks.nn import removing
 
 Distance = Literal["rows", "cos", "mse"]
 EPS = 1e-6  # the reference implementation's, in the denominators
@@ -165,11 +166,8 @@ def _traced(net: nn.Module) -> Iterator[Traced]:
         for module in net.modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
-    try:
+    with removing(hooks):
         yield traced
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _shapes(gradients: Sequence[Tensor]) -> list[list[int]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from paperworks.errors import UserError
+from paperworks.nn import keeping_modes, removing
 from paperworks.train import Batches
 
 Influence = Float[Tensor, "test train"]
@@ -153,14 +154,8 @@ def last_layer(model: nn.Module, images: Float[Tensor, "batch channels height wi
         for module in model.modules()
         if isinstance(module, nn.Linear)
     ]
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            logits = model.eval()(images)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), keeping_modes(model), torch.no_grad():
+        logits = model.eval()(images)
     if not seen or seen[-1][1] is not logits or logits.ndim != 2:
         raise UserError("last-layer influence needs a model that ends in nn.Linear on one vector an image; use LiSSA")
     return seen[-1][0], logits
@@ -212,8 +207,6 @@ def lissa_influence(
     if missing := [name for name in parameters or () if name not in free]:
         raise UserError(f"the model has no trainable parameter {missing[0]!r}")
     chosen = {name: named[name] for name in parameters or free}
-    was_training = model.training
-    model.eval()
 
     def loss(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, named | dict(weights), (x,)), y)
@@ -221,7 +214,8 @@ def lissa_influence(
     def one(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
         return loss(weights, x[None], y[None])
 
-    try:
+    with keeping_modes(model):
+        model.eval()
         g = vmap(grad(one), (None, 0, 0))(chosen, *test)
         total = {name: torch.zeros_like(value) for name, value in g.items()}
         for repeat in range(repeats):
@@ -241,8 +235,6 @@ def lissa_influence(
         every = vmap(vmap(along, (None, 0, 0)), (0, None, None))
         parts = zip(torch.split(train[0], 64), torch.split(train[1], 64), strict=True)
         return -torch.cat([every(total, *part) for part in parts], 1)
-    finally:
-        model.train(was_training)
 
 
 def _batches(size: int, batch_size: int, seed: int) -> Iterator[list[int]]:

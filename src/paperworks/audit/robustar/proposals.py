@@ -11,6 +11,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from paperworks.errors import UserError
+from paperworks.nn import keeping_modes
 
 from .fills import Mask, Pixels
 from .saliency import saliency
@@ -130,13 +131,10 @@ def _input(image: Pixels, model: nn.Module, transform: Transform) -> Float[Tenso
 def _probability_drop(
     model: nn.Module, transform: Transform, image: Pixels, occluded: list[np.ndarray]
 ) -> Float[np.ndarray, " regions"]:
-    was_training = model.training
-    model.eval()
-    try:
+    with keeping_modes(model):
+        model.eval()
         batch = torch.cat([_input(pixels, model, transform) for pixels in [image, *occluded]])
         probs = torch.cat([model(part).softmax(1) for part in torch.split(batch, 64)])
-    finally:
-        model.train(was_training)
     if not probs.isfinite().all():
         raise UserError("the model's output is not finite")
     kept = probs[:, probs[0].argmax()]

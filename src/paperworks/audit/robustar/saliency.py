@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from paperworks.errors import UserError, unknown
+from paperworks.nn import keeping_modes
 
 Images = Float[Tensor, "batch channels height width"]
 Maps = Float[Tensor, "batch height width"]
@@ -45,9 +46,8 @@ def saliency(
     """
     if kind not in KINDS:
         raise unknown("saliency", kind, KINDS)
-    was_training = model.training
-    model.eval()
-    try:
+    with keeping_modes(model):
+        model.eval()
         if targets is None:
             with torch.no_grad():
                 targets = model(images).argmax(1)
@@ -64,8 +64,6 @@ def saliency(
                 gradient += _gradient(model, images + spread * drawn, targets) / samples
         else:
             gradient = _gradient(model, images, targets)
-    finally:
-        model.train(was_training)
     return gradient.abs().amax(1)
 
 

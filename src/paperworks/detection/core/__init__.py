@@ -1,12 +1,12 @@
 """One small DETR kit, so that methods and baselines share encoder, matcher, losses and metric."""
 
 from .attention import MSDeformAttn
-from .coco import CocoData, to_coco
+from .coco import CocoData, coco_splits, coco_targets, collated, to_coco
 from .criterion import SetCriterion
 from .detr import Decoder, Detr, Encoder, TinyBackbone, baseline, padded
 from .embedding import Level, grid, level, sine_embed
 from .evaluate import coco_evaluate, coco_rows, detect
-from .fewshot import FewShotSplit, check_shots, keep_categories, sample_k_shot
+from .fewshot import FewShotSplit, Shot, SupportSet, check_shots, keep_categories, sample_k_shot
 from .layers import (
     ConditionalDecoderLayer,
     DeformableDecoderLayer,
@@ -39,12 +39,17 @@ __all__ = [
     "Objects",
     "Prediction",
     "SetCriterion",
+    "Shot",
+    "SupportSet",
     "Targets",
     "TinyBackbone",
     "baseline",
     "check_shots",
     "coco_evaluate",
     "coco_rows",
+    "coco_splits",
+    "coco_targets",
+    "collated",
     "detect",
     "flat_targets",
     "grid",

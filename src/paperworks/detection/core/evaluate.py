@@ -12,6 +12,7 @@ import torch
 from paperworks.detection.core.detr import Detr
 from paperworks.detection.core.targets import Detections, post_process
 from paperworks.errors import MissingExtra, UserError, unknown
+from paperworks.nn import keeping_modes
 
 NAMES = (
     "AP",
@@ -100,12 +101,12 @@ def detect(
     model: Detr, batches: Iterator[Any] | Sequence[Any], sizes: Sequence[tuple[int, int]], *, top: int = 100
 ) -> list[Detections]:
     """What the model finds in batches of inputs; ``sizes`` are those of the original pictures, in order."""
-    was_training, found = model.training, list[Detections]()
-    model.eval()
-    for inputs in batches:
-        prediction = model(inputs)[-1]
-        found += post_process(prediction, sizes[len(found) : len(found) + len(prediction.logits)], top)
-    model.train(was_training)
+    found = list[Detections]()
+    with keeping_modes(model):
+        model.eval()
+        for inputs in batches:
+            prediction = model(inputs)[-1]
+            found += post_process(prediction, sizes[len(found) : len(found) + len(prediction.logits)], top)
     return found
 
 
@@ -126,7 +127,8 @@ def _backend(name: Backend) -> tuple[Any, Any]:
 
 def _with_areas(truth: dict[str, Any]) -> dict[str, Any]:
     rows = copy.deepcopy(truth["annotations"])
-    for row in rows:
+    for id, row in enumerate(rows, 1):
+        row["id"] = id  # the libraries take an object of id 0 for none
         row.setdefault("iscrowd", 0)
         row.setdefault("area", row["bbox"][2] * row["bbox"][3])
     return {**truth, "annotations": rows, "info": truth.get("info", {})}

@@ -22,12 +22,14 @@ class Targets:
         boxes: Centre x, centre y, width and height, as shares of the picture without its padding.
         image_id: For messages and evaluation.
         size: Height and width of the original picture.
+        ids: Of the annotations, where there are some.
     """
 
     labels: Int64[Tensor, " objects"]
     boxes: Float[Tensor, "objects 4"]
     image_id: int = 0
     size: tuple[int, int] = (1, 1)
+    ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

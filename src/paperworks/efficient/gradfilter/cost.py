@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.errors import UserError, unknown
-from paperworks.nn import keeping_modes
+from paperworks.nn import keeping_modes, removing
 
 from .layers import FilteredConv2d, filterable
 
@@ -72,14 +72,11 @@ def backward_cost(
     hooks = [convs[name].register_forward_hook(_Hook(name, patch, rows)) for name in chosen]
     first = next(model.parameters())
     try:
-        with keeping_modes(model), torch.enable_grad():
+        with removing(hooks), keeping_modes(model), torch.enable_grad():
             model.eval()
             model(torch.zeros(input_shape, dtype=first.dtype, device=first.device))
     except RuntimeError as error:
         raise UserError(f"the model takes no batch of shape {tuple(input_shape)}: {error}") from error
-    finally:
-        for handle in hooks:
-            handle.remove()
     columns = ["layer", "patch", "exact_macs", "filtered_macs", "exact_bytes", "filtered_bytes", "gain"]
     return pd.DataFrame(rows, columns=columns).set_index("layer")
 

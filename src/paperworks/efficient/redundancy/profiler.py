@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from paperworks.errors import UserError, unknown
-from paperworks.nn import keeping_modes
+from paperworks.nn import keeping_modes, removing
 
 from .clusters import check_bits
 from .looks import InputLook, Look, Options, look, lookable
@@ -112,7 +113,7 @@ class RedundancyProfiler:
 def _hooked(model: nn.Module, looks: dict[str, tuple[nn.Module, Look]]) -> Iterator[None]:
     """Let the layers be seen, in evaluation mode, and leave everything as it was."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    handles = []
+    handles: list[RemovableHandle] = []
 
     def hook(name: str, seen: Look) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -123,13 +124,11 @@ def _hooked(model: nn.Module, looks: dict[str, tuple[nn.Module, Look]]) -> Itera
         return see
 
     try:
-        with keeping_modes(model):
+        with removing(handles), keeping_modes(model):
             model.eval()
             torch.backends.mha.set_fastpath_enabled(False)  # which calls no layer within an encoder
             for name, (module, seen) in looks.items():
                 handles.append(module.register_forward_hook(hook(name, seen), with_kwargs=True))
             yield
     finally:
-        for handle in handles:
-            handle.remove()
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from paperworks.errors import UserError, unknown
+from paperworks.nn import keeping_modes, removing
 
 from .masks import SparsityMask
 
@@ -120,15 +121,9 @@ def _input_shapes(model: nn.Module, modules: dict[str, nn.Module], batch_shape: 
         shapes.setdefault(name, list(inputs[0].shape))
 
     hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
-    parameter, was_training = next(model.parameters()), model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(torch.zeros(*batch_shape, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    parameter = next(model.parameters())
+    with removing(hooks), keeping_modes(model), torch.no_grad():
+        model.eval()(torch.zeros(*batch_shape, device=parameter.device, dtype=parameter.dtype))
     return shapes
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from paperworks.errors import UserError
+from paperworks.nn import keeping_modes
 
 from .masks import SparsityMask, check_sparsity
 
@@ -35,12 +36,11 @@ def forward_flops(model: nn.Module, input_shape: Sequence[int]) -> dict[str, flo
         model: Left as it is.
         input_shape: Shape of one example.
     """
-    parameter, was_training = next(model.parameters()), model.training
+    parameter = next(model.parameters())
     counter = FlopCounterMode(display=False)
-    model.eval()
-    with torch.no_grad(), counter:
+    with keeping_modes(model), torch.no_grad(), counter:
+        model.eval()
         model(torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype))
-    model.train(was_training)
     by_name = {
         name.partition(".")[2]: float(sum(operations.values()))
         for name, operations in counter.get_flop_counts().items()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from paperworks.data import LabelledData
 from paperworks.errors import UserError
+from paperworks.nn import keeping_modes
 
 Matrix = Float[Tensor, "tasks tasks"]
 
@@ -62,15 +63,15 @@ def task_accuracies(
 
     The task-incremental protocol says which task an example is of and is much easier: never report it as the other.
     """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     class_il, task_il = [], []
-    for task in tasks:
-        logits = torch.cat([model(inputs.to(device)).cpu() for inputs in torch.split(task.test.inputs, batch_size)])
-        own = torch.tensor(task.classes)
-        class_il.append((logits.argmax(1) == task.test.targets).float().mean())
-        task_il.append((own[logits[:, own].argmax(1)] == task.test.targets).float().mean())
-    model.train(was_training)
+    with keeping_modes(model):
+        model.eval()
+        for task in tasks:
+            logits = torch.cat([model(inputs.to(device)).cpu() for inputs in torch.split(task.test.inputs, batch_size)])
+            own = torch.tensor(task.classes)
+            class_il.append((logits.argmax(1) == task.test.targets).float().mean())
+            task_il.append((own[logits[:, own].argmax(1)] == task.test.targets).float().mean())
     return torch.stack(class_il), torch.stack(task_il)
 
 

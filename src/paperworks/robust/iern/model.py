@@ -14,6 +14,7 @@ from torch.optim import Adam, Optimizer
 
 from paperworks.data.labels import check_labels
 from paperworks.errors import UserError
+from paperworks.nn import keeping_modes
 from paperworks.robust.iern.adjustment import (
     average_strata,
     check_average,
@@ -364,9 +365,6 @@ def learning(*networks: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block."""
-    was_training = module.training
-    module.eval()
-    try:
+    with keeping_modes(module):
+        module.eval()
         yield
-    finally:
-        module.train(was_training)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils.data import TensorDataset
 
+from paperworks.nn import keeping_modes
 from paperworks.train import Intervention, State, Trainer
 
 AfterEpoch = Callable[[nn.Module], None]
@@ -96,13 +97,10 @@ def fit_with_trainer(
 def predict_logits(model: nn.Module, inputs: Tensor, batch_size: int = 1024) -> Float[Tensor, "n classes"]:
     """The model's outputs in evaluation mode, without gradients, on the device of ``inputs``."""
     parameter = next(model.parameters(), inputs)
-    was_training = model.training
-    model.eval()
-    try:
+    with keeping_modes(model):
+        model.eval()
         parts = torch.split(inputs, batch_size)
         outputs = [model(part.to(parameter.device)).to(inputs.device) for part in parts]
-    finally:
-        model.train(was_training)
     return torch.cat(outputs)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.errors import UserError
-from paperworks.nn import keeping_modes
+from paperworks.nn import keeping_modes, removing
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,8 @@ def profile_layers(model: nn.Module, inputs: Tensor) -> list[LayerProfile]:
         return layer.register_forward_hook(lambda _, args, y: record(name, layer, args[0], y))
 
     handles = [hook(name, layer) for name, layer in quantizable(model).items()]
-    try:
-        with keeping_modes(model):
-            model.eval()(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), keeping_modes(model):
+        model.eval()(inputs)
     if not found:
         raise UserError(f"{type(model).__name__} uses no plain nn.Conv2d or nn.Linear that could be quantized")
     return list(found.values())

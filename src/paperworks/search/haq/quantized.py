@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from paperworks.errors import unknown
-from paperworks.nn import keeping_modes
+from paperworks.nn import keeping_modes, removing
 
 from .layers import quantizable
 from .policy import MAX_BITS, MIN_BITS, check_policy
@@ -69,12 +69,8 @@ def calibrate(model: nn.Module, inputs: Tensor, layers: Sequence[str] | None = N
         return layer.register_forward_pre_hook(lambda _, args: look(name, layer, args[0]))
 
     handles = [hook(name) for name in layers or modules]
-    try:
-        with keeping_modes(model):
-            model.eval()(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), keeping_modes(model):
+        model.eval()(inputs)
     return found
 
 
