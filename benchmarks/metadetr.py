@@ -2,7 +2,9 @@
 codes of supports beside the released way, which sends supports through the whole encoder; and the aggregation beside a
 layer of the encoder.
 
-CPU time of one thread (wall time on a GPU), median of ratios over interleaved rounds.
+CPU time of one thread (wall time on a GPU), median of ratios over interleaved rounds. Bound by GEMM. What both ways
+share, the backbone and the first attention, bounds the first ratio from below: in the paper's detector it takes 0.7 of
+the time of four episodes, and the bar cannot be met there.
 
     .venv/bin/python benchmarks/metadetr.py
 """
@@ -20,7 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from paperworks.detection import CodeBook, MetaDetr
 from paperworks.detection.core.detr import with_features
 
-ROUNDS = 7
+ROUNDS, FEW = 7, 3
 torch.set_num_threads(1)
 torch.manual_seed(0)
 
@@ -56,18 +58,18 @@ def book(model: MetaDetr, count: int) -> CodeBook:
     return CodeBook(tuple(range(count)), codes, ((),) * count, model.fingerprint)
 
 
-def finding(name: str, images: Tensor, sizes: dict[str, Any]) -> bool:
+def finding(name: str, images: Tensor, sizes: dict[str, Any], rounds: int) -> bool:
     five, one = detector(5, sizes), detector(1, sizes)
     many, single = book(five, 20), book(one, 20)
-    value, slow = compare(lambda: five.predict(images, many), lambda: one.predict(images, single), ROUNDS)
+    value, slow = compare(lambda: five.predict(images, many), lambda: one.predict(images, single), rounds)
     print(f"{name}: 20 classes one by one take {slow / len(images):.1f} ms a picture")
     good = verdict("  20 classes: five at a time / one at a time", value, at_most=0.35)
     parts = [many.of(range(start, start + 5)) for start in range(0, 20, 5)]
     value, _ = compare(
-        lambda: five.predict(images, many), lambda: [five.predict(images, part) for part in parts], ROUNDS
+        lambda: five.predict(images, many), lambda: [five.predict(images, part) for part in parts], rounds
     )
     good &= verdict("  four episodes: together / each by itself", value, at_most=0.75)
-    shared, _ = compare(lambda: five.attend(images, None), lambda: five.predict(images, many), ROUNDS)
+    shared, _ = compare(lambda: five.attend(images, None), lambda: five.predict(images, many), rounds)
     verdict("  of four episodes, what is shared (backbone, attention)", shared)
     return good
 
@@ -106,7 +108,9 @@ if __name__ == "__main__":
     met = True
     for name, ((batch, side), sizes) in SIZES.items():
         images = torch.rand(batch, 3, side, side, device=DEVICE)
-        met &= finding(name, images, sizes)
-        supports(images, sizes)
+        large = side > 64
+        met &= finding(name, images, sizes, FEW if large else ROUNDS)
         aggregation(images, sizes)
+        if not large or DEVICE == "cuda":
+            supports(images, sizes)
     sys.exit(not met)

@@ -26,6 +26,7 @@ from paperworks.detection import (
 )
 from paperworks.detection.core import (
     CocoData,
+    MSDeformAttn,
     Prediction,
     SetCriterion,
     Shot,
@@ -161,6 +162,11 @@ def test_the_sigmoid_is_undone_up_to_the_clamp():
     v = torch.tensor([-20.0, -11.4, 0.3, 11.4, 20.0], dtype=torch.float64)
     undone = v.sigmoid().logit(1e-5)
     torch.testing.assert_close(undone, torch.tensor([-11.5129, -11.4, 0.3, 11.4, 11.5129]).double(), atol=1e-4, rtol=0)
+
+
+def test_saturated_codes_in_half_precision():
+    cam, codes = aggregation(2).bfloat16(), torch.tensor([[0.0] * 8, [1.0] * 8], dtype=torch.bfloat16)
+    assert all(part.isfinite().all() for part in cam(torch.ones(1, 3, 8, dtype=torch.bfloat16), codes[None]))
 
 
 def test_each_picture_may_have_codes_of_its_own():
@@ -573,6 +579,11 @@ def test_queries_are_codes_and_points_of_their_number():
     assert not list(model.decoder.parameters(recurse=False))
 
 
+def test_points_are_those_of_every_layer():
+    layers = [m for m in tiny(points=3).modules() if isinstance(m, MSDeformAttn)]
+    assert [layer.points for layer in layers] == [3] * 4
+
+
 def test_the_plain_detector_is_the_same_without_aggregation():
     plain = plain_detr(7, d=16, heads=2, hidden=32, queries=4)
     assert plain(torch.rand(2, 3, 32, 32))[-1].logits.shape == (2, 4, 7)
@@ -705,6 +716,8 @@ def test_own_pictures_need_novel_classes(own, tmp_path):
         trial(tmp_path / "run", data=str(own))
     with pytest.raises(UserError, match=r"unknown category 'rings'\. Did you mean 'ring'"):
         trial(tmp_path / "run", data=str(own), novel='["rings"]')
+    with pytest.raises(UserError, match="slots must be at most the 11 base classes, got 12"):
+        trial(tmp_path / "run", data=str(own), novel='["ring"]', slots="12")
     with pytest.raises(UserError, match="shots must have 5 among them, got 1, 3"):
         trial(tmp_path / "run", shots="[1, 3]")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from paperworks.detection.core import Targets
 
 SURE = 0.3
-"""Score from which on a detection is drawn."""
+"""Score from which on a detection is drawn; the surest of a picture always is."""
 
 
 def found(
@@ -32,7 +32,7 @@ def found(
         truth: What is there.
         prediction: Logits and boxes of one picture.
         classes: Names.
-        sure: Score from which on a detection is drawn.
+        sure: Score from which on a detection is drawn; the surest is, whatever its score.
     """
     height, width = image.shape[1:]
     axes.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(0, 1, 1, 0), aspect=height / width)
@@ -41,9 +41,8 @@ def found(
         frame(axes, box, "white", "--")
     logits, boxes = prediction
     scores, labels = logits.sigmoid().max(-1)
-    for query in scores.argsort().tolist():  # the surest on top
-        if scores[query] < sure:
-            continue
+    order = scores.argsort().tolist()  # the surest on top
+    for query in [*(query for query in order[:-1] if scores[query] >= sure), order[-1]]:
         label = int(labels[query])
         frame(axes, boxes[query], colour(label))
         x, y, w, h = boxes[query].tolist()

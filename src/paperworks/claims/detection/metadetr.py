@@ -205,6 +205,8 @@ def folder(run: Run, settings: MetaDetrSettings) -> FewShots:
             raise unknown("category", name, train.classes)
     novel = tuple(label for label, name in enumerate(train.classes) if name in settings.novel)
     split = FewShotSplit(tuple(sorted(set(range(len(train.classes))) - set(novel))), novel)
+    if len(split.base) < settings.slots:
+        raise UserError(f"slots must be at most the {len(split.base)} base classes, got {settings.slots}")
     base_ids, novel_ids = ([train.category_ids[label] for label in part] for part in (split.base, split.novel))
 
     def part(content: dict[str, Any]) -> CocoData:
@@ -289,14 +291,14 @@ class Arm:
         return lambda inputs: self.model(inputs)[-1]
 
     def measure(self, k: int) -> dict[str, float]:
-        predict, found = self.ready(k), list[Detections]()
+        predict, finds = self.ready(k), list[Detections]()
         device, sizes = next(self.model.parameters()).device, self.data.wanted
         with keeping_modes(self.model), torch.no_grad():
             self.model.eval()
             for (images, pad), targets in looks(self.data.test):
                 prediction = predict((images.to(device), pad.to(device)))
-                found += post_process(prediction, sizes[len(found) : len(found) + len(targets)])
-        return self.data.measure([Detections(each.scores.cpu(), each.labels.cpu(), each.boxes.cpu()) for each in found])
+                finds += post_process(prediction, sizes[len(finds) : len(finds) + len(targets)])
+        return self.data.measure([Detections(each.scores.cpu(), each.labels.cpu(), each.boxes.cpu()) for each in finds])
 
     def times(self) -> dict[str, float]:
         """Milliseconds a picture."""
@@ -527,7 +529,7 @@ def pictures(arm: Arm) -> Figure:
     with keeping_modes(model):
         model.eval()
         prediction = Prediction(*(part.cpu() for part in arm.ready(MAIN)(inputs)))
-        attention, episode = attended(arm, inputs) if isinstance(arm, Meta) else (None, [])
+        attention, valid, episode = attended(arm, inputs) if isinstance(arm, Meta) else (None, [], [])
     columns = 1 + (0 if attention is None else attention.shape[1])
     figure = Figure(figsize=(1.9 * columns, 2.1 * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), columns, squeeze=False)
@@ -539,19 +541,21 @@ def pictures(arm: Arm) -> Figure:
             continue
         labels = [data.classes[label] + (" (new)" if label in novel else "") for label in episode]
         for slot, title in enumerate([*labels, "background"][: attention.shape[1]]):
-            axes = panels[k, 1 + slot]
-            axes.imshow(attention[k, slot].cpu(), cmap="magma", vmin=0, vmax=1)
-            axes.set(xticks=[], yticks=[])
+            axes, (width, height) = panels[k, 1 + slot], valid[k]
+            axes.imshow(attention[k, slot, :height, :width], cmap="magma", vmin=0, vmax=1, extent=(0, 1, 1, 0))
+            axes.set(xticks=[], yticks=[], aspect=rows / cells)
             axes.set_title(title, fontsize=8)
     panels[0, 0].set_title("found (there: dashed)", fontsize=8)
     return figure
 
 
-def attended(arm: Meta, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, list[int]]:
-    """How much each place looks at each class of the last episode, which has the novel ones, and at the background."""
+def attended(arm: Meta, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, list[list[int]], list[int]]:
+    """How much each place looks at each class of the last episode, which has the novel ones, and at the background; the
+    width and height of each map without padding; and the episode."""
     model, book = arm.model, arm.book(MAIN)
     assert isinstance(model, MetaDetr)
     episode = list(range(len(book)))[-model.slots :]
     seen = model.attend(*inputs)
     _, _, attention = model.aggregate(seen.features, book.codes[None, episode])
-    return attention.mT.unflatten(2, (seen.height, seen.width)), episode
+    valid = (seen.valid * seen.valid.new_tensor([seen.width, seen.height])).round().int().tolist()
+    return attention.mT.unflatten(2, (seen.height, seen.width)).cpu(), valid, episode

@@ -69,12 +69,13 @@ class Encoder(nn.Module):
         layers: int,
         *,
         levels: int = 1,
+        points: int = 4,
         deformable: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         make: Callable[[], nn.Module] = (
-            (lambda: DeformableEncoderLayer(d, heads, hidden, levels, dropout=dropout))
+            (lambda: DeformableEncoderLayer(d, heads, hidden, levels, points, dropout))
             if deformable
             else (lambda: EncoderLayer(d, heads, hidden, dropout))
         )

@@ -77,7 +77,8 @@ class CorrelationalAggregation(nn.Module):
         count = codes.shape[1]
         if count > self.slots:
             raise UserError(f"an episode has at most {self.slots} classes, got {count}")
-        keys = self.project(codes.logit(CLAMP))
+        exact = codes.to(torch.promote_types(codes.dtype, torch.float32))  # in half precision 1 − CLAMP is 1
+        keys = self.project(exact.logit(CLAMP).to(codes))
         values = torch.cat([codes, self.get_buffer("task_codes")[:count].expand_as(codes)], -1)
         if self.background is not None:
             keys = torch.cat([keys, self.background.expand(len(codes), 1, -1)], 1)

@@ -201,7 +201,7 @@ class MetaDetr(nn.Module):
         self.backbone, self.group_norm = backbone or TinyBackbone(d), group_norm(d)
         self.first = DeformableEncoderLayer(d, heads, hidden, points=points, dropout=dropout)
         self.aggregate = CorrelationalAggregation(d, slots, background=background, task_codes=task_codes)
-        self.encoder = Encoder(d, heads, hidden, encoders - 1, deformable=True, dropout=dropout)
+        self.encoder = Encoder(d, heads, hidden, encoders - 1, points=points, deformable=True, dropout=dropout)
         self.decoder = PointDecoder(d, heads, hidden, decoders, queries, slots, points, dropout)
         self.classifier = CosineClassifier(d, classes)
         self._hashed: tuple[list[tuple[int, int]], str] | None = None
@@ -386,7 +386,7 @@ def plain_detr(
     """The same detector without aggregation, a logit a class: what plain fine-tuning starts from. As ``MetaDetr``."""
     check_sizes(d, heads, classes=classes, queries=queries, encoders=encoders, decoders=decoders)
     maps = nn.Sequential(backbone or TinyBackbone(d), LastNormed(d))
-    encoder = Encoder(d, heads, hidden, encoders, deformable=True, dropout=dropout)
+    encoder = Encoder(d, heads, hidden, encoders, points=points, deformable=True, dropout=dropout)
     return Detr(maps, encoder, PointDecoder(d, heads, hidden, decoders, queries, classes, points, dropout))
 
 
