@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -57,10 +58,10 @@ def test_list_groups_methods_by_family(paperworks):
 def test_show_prints_the_lines_to_import(paperworks):
     code, out, _ = paperworks("show", "logitclip")
     assert code == 0
-    lines = [line.strip() for line in out.splitlines() if line.startswith("  from ")]
-    for line in lines:
-        exec(line, {})
-    assert "from paperworks.robust import LogitClip" in lines
+    statement = out[out.index("  from ") : out.index("\n\nClaim")]
+    exec(dedent(statement), names := {})
+    assert {"LogitClip", "clip_logits"} <= names.keys()
+    assert "ICML 2023. https" in " ".join(out.split())
     assert "arxiv.org/abs/2212.04055" in out
     assert "paperworks check logitclip" in out
 

@@ -65,7 +65,7 @@ def method_page(
 ) -> str:
     """A method: problem, paper, imports, claim, last result, settings, API."""
     paper = card.paper
-    source = f"*{text(paper.title)}*. {text(', '.join(paper.authors))}. {text(paper.venue)}, {paper.year}."
+    source = f"*{text(paper.title)}*. {text(', '.join(paper.authors))}. {text(paper.published)}."
     link = f" [arXiv:{paper.arxiv}]({paper.url})" if paper.arxiv else ""
     claim, *protocol = [text(" ".join(part.split())) for part in card.claim_text.split("\n\n")]
     parts = [

@@ -47,6 +47,11 @@ class Paper:
     arxiv: str = ""
 
     @property
+    def published(self) -> str:
+        """Venue and year, which many venues have in their name."""
+        return self.venue if str(self.year) in self.venue else f"{self.venue}, {self.year}"
+
+    @property
     def url(self) -> str:
         """Address of the preprint, or empty."""
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -119,18 +120,14 @@ def show(slug: str, as_json: bool, results: Path) -> None:
     click.echo(f"{card.summary}.\n")
     click.echo(_wrapped(card.problem))
     paper = card.paper
-    click.echo(
-        _wrapped(f"\nPaper: {paper.title}. {', '.join(paper.authors)}. {paper.venue}, {paper.year}. {paper.url}")
-    )
+    click.echo(_wrapped(f"\nPaper: {paper.title}. {', '.join(paper.authors)}. {paper.published}. {paper.url}"))
     if card.reconstruction:
         click.echo(_wrapped("\nParts inside are reconstructed: no reference code could be read."))
     if not card.built:
         click.echo("\nPlanned: not built yet.")
         return
     click.echo("\nImport:")
-    for name in card.api:
-        module, _, attribute = name.rpartition(".")
-        click.echo(f"  from {module} import {attribute}")
+    click.echo(indent(card.imports(78), "  "))
     if card.extra:
         click.echo(f"  needs: pip install 'paperworks[{card.extra}]'")
     click.echo(_wrapped(f"\nClaim: {card.claim_sentence}"))
