@@ -207,7 +207,7 @@ def test_policy_losses_refuse_what_is_missing(unchecked):
 
 # The reasoner.
 
-VARIANTS = [{"block": block, "head": head} for block in ("transformer", "sub-query") for head in ("pointer", "box")]
+VARIANTS = [{"block": b, "head": h} for b in ("transformer", "sub-query") for h in ("pointer", "place", "box")]
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -305,6 +305,23 @@ def test_the_pointer_learns_the_place_nearest_to_the_box():
     assert GroundingLoss("last")(out, boxes).item() == pytest.approx(losses[:, -1].mean().item())
 
 
+def test_a_pointer_to_places_sees_nothing_of_their_contents():
+    for head, told in (("pointer", False), ("place", True)):
+        model, batch = reasoner(head=head), inputs()
+        places, state, _ = model._begin(batch)
+        other = places._replace(features=places.features.roll(1, 1))
+        with torch.no_grad():
+            assert torch.equal(model._look(state, places)[1], model._look(state, other)[1]) is told
+
+
+def test_gain_sharpens_attention_at_the_start():
+    torch.manual_seed(0)
+    even = reasoner().block.qkv.weight
+    sharp = reasoner(gain=4.0).block.qkv.weight
+    torch.testing.assert_close(sharp[:32], 4 * even[:32])
+    assert torch.equal(sharp[32:], even[32:])
+
+
 def test_bad_reasoners_and_inputs_are_refused(unchecked):
     with pytest.raises(UserError, match="max_steps must be at least 1, got 0"):
         reasoner(0)
@@ -332,6 +349,11 @@ def test_words_become_numbers_and_strange_ones_are_reported():
     assert vocabulary.unknown == {"blue": 2, "cup": 1}
     with pytest.raises(UserError, match="expression ' !' has no word"):
         vocabulary.encode([" !"], 4)
+    short = Vocabulary(["the red disc"], drop=["the"])
+    assert short.words == ["<pad>", "<unk>", "red", "disc"]
+    assert short.encode(["the disc", "the red disc"], 2)[0].tolist() == [[3, 0], [2, 3]]
+    with pytest.raises(UserError, match="expression 'the' has no word"):
+        short.encode(["the"], 2)
     with pytest.raises(UserError, match="has 3 words, more than max_words=2"):
         vocabulary.encode(["the red disc"], 2)
 
@@ -357,17 +379,44 @@ def test_each_phrase_singles_its_target_out_and_its_last_anchor_decides():
     assert said > 100
 
 
-def test_without_decisive_hops_the_relation_is_still_needed():
+def test_in_half_planes_the_relation_is_still_needed():
     said = 0
     for place, some in enumerate(labelled_scenes(20, seed=3)):
-        for expression in expressions2d(some, 1, count=3, decisive=False, seed=place):
+        for expression in expressions2d(some, 1, count=3, relations="half-plane", seed=place):
             said += 1
             program = expression.program
-            assert locate(program, some, decisive=False) == expression.target
+            assert locate(program, some, relations="half-plane") == expression.target
             last = max(k for k, step in enumerate(program) if step[0] == "relate")
             with pytest.raises(UserError, match="ambiguous"):
                 locate(program[last + 1 :], some)
     assert said > 30
+
+
+def test_next_is_a_neighbouring_cell_and_only_the_chain_leads_there():
+    said = 0
+    for place, some in enumerate(
+        labelled_scenes(90, seed=3, things=(9, 9), colours=("red", "green", "blue", "yellow"))
+    ):
+        for hops in (0, 1, 2, 3):
+            for expression in expressions2d(some, hops, count=2, relations="next", seed=place):
+                said += 1
+                assert locate(expression.program, some) == expression.target
+                assert expression.text.count(" next to the ") == expression.hops == hops
+                colours = [step[2] for step in expression.program if step[0] == "filter"]
+                of_colour = [{k for k, thing in enumerate(some.things) if thing.colour == name} for name in colours]
+                assert len(of_colour[0]) == 1, "the anchor is the only one of its colour"
+                assert all(len(places) > 1 for places in of_colour[1:])
+                away, fitting = of_colour[0], set(range(9))
+                for places in of_colour[1:]:
+                    away, fitting = touching(some, away), touching(some, fitting) & places
+                if hops > 1:
+                    assert len(away & fitting) > 1, "neither the way's length nor the colours along it would do"
+    assert said > 100
+
+
+def touching(some: FlatScene, places: set[int]) -> set[int]:
+    gaps = some.boxes[:, :2].mul(3).floor()
+    return {k for k in range(len(gaps)) for at in places if (gaps[k] - gaps[at]).abs().sum() == 1}
 
 
 def ends(program, some: FlatScene) -> set[int]:
@@ -380,12 +429,12 @@ def ends(program, some: FlatScene) -> set[int]:
     return found
 
 
-def test_phrases_by_hand():
+def test_phrases_by_hand(unchecked):
     some = scene(("disc", "red", 8, 10), ("square", "blue", 24, 12), ("disc", "red", 8, 50), ("ring", "green", 24, 48))
     texts = {expression.text for expression in expressions2d(some, 1, count=50, seed=0)}
     assert {"the disc left of the square", "the red thing left of the green thing"} <= texts
     assert all(" left of " in text for text in texts)  # no disc is anywhere else beside the square or the ring
-    easy = {expression.text for expression in expressions2d(some, 1, count=50, decisive=False, seed=0)}
+    easy = {expression.text for expression in expressions2d(some, 1, count=50, relations="half-plane", seed=0)}
     assert "the disc above the ring" in easy  # the whole half-plane, and one end will do
     assert "the disc left of the square" not in easy  # both are
     nouns = {"the square", "the blue thing", "the ring", "the green thing"}
@@ -396,6 +445,8 @@ def test_phrases_by_hand():
         locate((("filter", "colour", "red"),), some)
     with pytest.raises(UserError, match="unknown step 'relate near'"):
         locate((("filter", "colour", "blue"), ("relate", "near")), some)
+    with pytest.raises(UserError, match="unknown relations 'near'"):
+        expressions2d(some, 1, relations="near")  # type: ignore[arg-type]
     twins = scene(("disc", "red", 10, 10), ("disc", "red", 10, 12))
     assert expressions2d(twins, 0) == []
 

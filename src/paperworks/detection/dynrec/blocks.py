@@ -55,14 +55,17 @@ class ReasoningBlock(nn.Module):
         d: Channels.
         heads: Of attention.
         hidden: Of the feed-forward block; twice d by default.
+        gain: Times which queries and keys start with ``nn.Linear``'s weights. With 1 attention is almost even at first.
     """
 
-    def __init__(self, d: int = 64, heads: int = 4, hidden: int = 0) -> None:
+    def __init__(self, d: int = 64, heads: int = 4, hidden: int = 0, gain: float = 1.0) -> None:
         super().__init__()
         if d % heads:
             raise UserError(f"d must be a multiple of heads, got {d} and {heads}")
         self.heads, self.norm = heads, nn.LayerNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        with torch.no_grad():
+            self.qkv.weight[: 2 * d] *= gain
         self.feed = nn.Sequential(nn.LayerNorm(d), *mlp(d, hidden or 2 * d, d))
 
     def forward(

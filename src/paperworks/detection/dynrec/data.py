@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from paperworks.detection.dynrec.boxes import check_boxes
-from paperworks.detection.dynrec.expressions import FlatScene, draw_scenes, expressions2d
+from paperworks.detection.dynrec.expressions import FlatScene, Relations, draw_scenes, expressions2d
 from paperworks.detection.dynrec.model import Inputs
 from paperworks.detection.dynrec.text import Vocabulary
 from paperworks.errors import UserError, unknown
@@ -77,7 +77,7 @@ def flat_expressions(
     counts: Mapping[int, int],
     *,
     per_scene: int = 1,
-    decisive: bool = True,
+    relations: Relations = "beside",
     vocabulary: Vocabulary | None = None,
     max_words: int = 20,
     noise: float = 0.03,
@@ -89,7 +89,7 @@ def flat_expressions(
         scenes: E.g. of ``labelled_scenes``; those of which nothing is said are left out.
         counts: Number of hops to number of expressions; those of many hops are rare, so that it takes many scenes.
         per_scene: Expressions a scene and number of hops, at most.
-        decisive: As in ``expressions2d``.
+        relations: As in ``expressions2d``.
         vocabulary: Whose numbers words have; by default one of these very texts.
         max_words: Longest expression.
         noise: Of the pictures.
@@ -105,7 +105,7 @@ def flat_expressions(
             wanted = min(per_scene, before + count - len(found))
             if not wanted:
                 break
-            said = expressions2d(scene, hops, count=wanted, decisive=decisive, seed=seed * len(scenes) + place)
+            said = expressions2d(scene, hops, count=wanted, relations=relations, seed=seed * len(scenes) + place)
             found += [(place, expression) for expression in said]
         if (got := len(found) - before) < count:
             raise UserError(f"{len(scenes)} scenes have {got} expressions of {hops} hops, and {count} are wanted")

@@ -21,13 +21,15 @@ class VisualTokens(NamedTuple):
     """What there is to point at.
 
     Attributes:
-        features: One vector a place.
+        features: One vector a place, of what there is and where.
+        codes: Of where alone.
         boxes: Of the thing that would be at the place: centre x, centre y, width and height in [0, 1].
         points: The place itself; that nearest to the middle of the true box is the right one.
         pad: True where there is no place.
     """
 
     features: Float[Tensor, "batch places d"]
+    codes: Float[Tensor, "batch places d"]
     boxes: Float[Tensor, "batch places 4"]
     points: Float[Tensor, "batch places 2"]
     pad: Bool[Tensor, "batch places"]
@@ -48,10 +50,16 @@ class GridTokens(nn.Module):
         backbone: Pictures to a list of maps, or to one map.
         channels: Of its coarsest map.
         d: Channels of the tokens.
+        temperature: Of the sine code. With DETR's 10000 most of its channels are all but equal for all cells of a small
+            map; 3 is about right for one of 3x3.
+        scale: Times which the sine code is added; contents have variance one.
     """
 
-    def __init__(self, backbone: nn.Module, channels: int, d: int = 64) -> None:
+    def __init__(
+        self, backbone: nn.Module, channels: int, d: int = 64, temperature: float = 1e4, scale: float = 1.0
+    ) -> None:
         super().__init__()
+        self.temperature, self.scale = temperature, scale
         self.backbone, self.project = backbone, nn.Linear(channels, d)
         self.coordinates, self.norm, self.box = nn.Linear(8, d), nn.LayerNorm(d), mlp(channels, d, 4)
 
@@ -64,9 +72,10 @@ class GridTokens(nn.Module):
         place = torch.cat([grid.centres - half, grid.centres + half, grid.centres, 2 * half], -1)
         offset = self.box(grid.features)
         boxes = torch.cat([grid.centres + 2 * half * offset[..., :2].tanh(), offset[..., 2:].sigmoid()], -1)
-        code = sine_embed(grid.centres, self.project.out_features) + self.coordinates(place)
+        sine = sine_embed(grid.centres, self.project.out_features, self.temperature)
+        code = self.scale * sine + self.coordinates(place)
         features = self.norm(self.project(grid.features)) + code
-        return VisualTokens(features, boxes, grid.centres, grid.pad)
+        return VisualTokens(features, code, boxes, grid.centres, grid.pad)
 
 
 class StopPolicy(nn.Module):
@@ -139,7 +148,10 @@ class DynamicReasoner(nn.Module):
         heads: Of the transformer block.
         block: ``transformer``: a pre-norm layer over the whole state; ``sub-query``: ReSC's, which filters the picture.
         head: ``pointer``: the place with the largest $\langle A r_t, v_i \rangle / \sqrt d$, where v is as the
-            picture's encoder gave it, and its box; ``box``: $\sigma(\text{MLP}_3(\text{LN}\, r_t))$.
+            picture's encoder gave it, and its box; ``place``: the same with the code of the place alone for v: r must
+            have found the place, and cannot leave it to the pointer to compare words with contents; ``box``:
+            $\sigma(\text{MLP}_3(\text{LN}\, r_t))$.
+        gain: Of the transformer block; see ``ReasoningBlock``.
         detach_state: The policy reads the state without gradient, so that its noise cannot disturb the boxes.
 
     Example:
@@ -156,7 +168,8 @@ class DynamicReasoner(nn.Module):
         d: int = 64,
         heads: int = 4,
         block: Literal["transformer", "sub-query"] = "transformer",
-        head: Literal["pointer", "box"] = "pointer",
+        head: Literal["pointer", "place", "box"] = "pointer",
+        gain: float = 1.0,
         detach_state: bool = True,
     ) -> None:
         super().__init__()
@@ -164,14 +177,15 @@ class DynamicReasoner(nn.Module):
             raise UserError(f"max_steps must be at least 1, got {max_steps}")
         if block not in ("transformer", "sub-query"):
             raise unknown("block", block, ("transformer", "sub-query"))
-        if head not in ("pointer", "box"):
-            raise unknown("head", head, ("pointer", "box"))
+        if head not in ("pointer", "place", "box"):
+            raise unknown("head", head, ("pointer", "place", "box"))
         self.visual, self.text, self.max_steps, self.detach_state = visual, text, max_steps, detach_state
+        self.head = head
         self.start, self.kinds = nn.Parameter(0.1 * torch.randn(d)), nn.Parameter(0.1 * torch.randn(3, d))
-        self.block = ReasoningBlock(d, heads) if block == "transformer" else SubQueryBlock(d)
+        self.block = ReasoningBlock(d, heads, gain=gain) if block == "transformer" else SubQueryBlock(d)
         self.norm = nn.LayerNorm(d)
-        self.pointer = nn.Linear(d, d) if head == "pointer" else None
-        self.place_norm = nn.LayerNorm(d) if head == "pointer" else None
+        self.pointer = nn.Linear(d, d) if head != "box" else None
+        self.place_norm = nn.LayerNorm(d) if head != "box" else None
         self.box = mlp(d, d, d, 4) if head == "box" else None
         self.policy = StopPolicy(d, max_steps)
 
@@ -244,7 +258,8 @@ class DynamicReasoner(nn.Module):
         if self.pointer is None or self.place_norm is None:
             assert self.box is not None
             return self.box(reason).sigmoid(), None
-        keys = self.place_norm(places.features)  # as they came: what was found out must be in the reasoning token
+        # as they came: what was found out must be in the reasoning token
+        keys = self.place_norm(places.codes if self.head == "place" else places.features)
         scores = (keys @ self.pointer(reason)[..., None])[..., 0] / math.sqrt(keys.shape[-1])
         scores = scores.masked_fill(places.pad, -math.inf)
         best = scores.argmax(1)[:, None, None].expand(-1, -1, 4)

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -20,14 +20,16 @@ class Vocabulary:
 
     Args:
         texts: Whose words these are, in the order in which they first occur.
+        drop: Words that are passed over wherever they come, such as articles.
 
     Attributes:
         words: All of them, ``<pad>`` and ``<unk>`` first.
         unknown: How often each word that is not among them has come since.
     """
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        found = dict.fromkeys(word for text in texts for word in split_words(text))
+    def __init__(self, texts: Iterable[str], drop: Collection[str] = ()) -> None:
+        self.drop = frozenset(drop)
+        found = dict.fromkeys(word for text in texts for word in self._split(text))
         self.words = ["<pad>", "<unk>", *found]
         self.unknown: Counter[str] = Counter()
         self._places = {word: place for place, word in enumerate(self.words)}
@@ -51,7 +53,7 @@ class Vocabulary:
         """
         if not texts:
             raise UserError("there is no text to encode")
-        rows = [split_words(text) for text in texts]
+        rows = [self._split(text) for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if not row:
                 raise UserError(f"expression {text!r} has no word")
@@ -66,6 +68,9 @@ class Vocabulary:
             shown = ", ".join(f"{word} ({number})" for word, number in strange.most_common(5))
             warnings.warn(f"{strange.total()} words are read as <unk>: {shown}", stacklevel=2)
         return tokens, tokens != PAD
+
+    def _split(self, text: str) -> list[str]:
+        return [word for word in split_words(text) if word not in self.drop]
 
 
 def split_words(text: str) -> list[str]:
@@ -93,7 +98,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.max_words = max_words
         self.words = nn.Embedding(vocabulary, d, padding_idx=PAD)
-        self.places = nn.Parameter(0.1 * torch.randn(max_words, d))
+        self.places = nn.Parameter(torch.randn(max_words, d))
         self.layers = nn.ModuleList(ReasoningBlock(d, heads, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(d)
 
