@@ -4,7 +4,7 @@ layer of the encoder.
 
 CPU time of one thread (wall time on a GPU), median of ratios over interleaved rounds. Bound by GEMM. What both ways
 share, the backbone and the first attention, bounds the first ratio from below: in the paper's detector it takes 0.7 of
-the time of four episodes, and the bar cannot be met there.
+the time of four episodes, so that there is no bar there.
 
     .venv/bin/python benchmarks/metadetr.py
 """
@@ -58,12 +58,12 @@ def book(model: MetaDetr, count: int) -> CodeBook:
     return CodeBook(tuple(range(count)), codes, ((),) * count, model.fingerprint)
 
 
-def finding(name: str, images: Tensor, sizes: dict[str, Any], rounds: int) -> bool:
+def finding(name: str, images: Tensor, sizes: dict[str, Any], rounds: int, bar: float | None) -> bool:
     five, one = detector(5, sizes), detector(1, sizes)
     many, single = book(five, 20), book(one, 20)
     value, slow = compare(lambda: five.predict(images, many), lambda: one.predict(images, single), rounds)
     print(f"{name}: 20 classes one by one take {slow / len(images):.1f} ms a picture")
-    good = verdict("  20 classes: five at a time / one at a time", value, at_most=0.35)
+    good = verdict("  20 classes: five at a time / one at a time", value, at_most=bar)
     parts = [many.of(range(start, start + 5)) for start in range(0, 20, 5)]
     value, _ = compare(
         lambda: five.predict(images, many), lambda: [five.predict(images, part) for part in parts], rounds
@@ -109,7 +109,7 @@ if __name__ == "__main__":
     for name, ((batch, side), sizes) in SIZES.items():
         images = torch.rand(batch, 3, side, side, device=DEVICE)
         large = side > 64
-        met &= finding(name, images, sizes, FEW if large else ROUNDS)
+        met &= finding(name, images, sizes, FEW if large else ROUNDS, None if large else 0.35)
         aggregation(images, sizes)
         if not large or DEVICE == "cuda":
             supports(images, sizes)

@@ -84,6 +84,10 @@ def test_show_passes_over_a_damaged_result(paperworks, content):
         (["list", "robust"], "Got unexpected extra argument (robust)"),
         (["show"], "Missing argument 'SLUG'"),
         (["show", "logitclp"], "unknown method 'logitclp'. Did you mean 'logitclip'?"),
+        (["show", "R-Mix"], "unknown method 'R-Mix'. Did you mean 'rmix'?"),
+        (["show", "LOGITCLIP"], "unknown method 'LOGITCLIP'. Did you mean 'logitclip'?"),
+        (["list", "--family", "Robust"], "unknown family 'Robust'. Did you mean 'robust'?"),
+        (["worlds", "--out", "/proc/sheet.png"], "/proc/sheet.png: No such file or directory"),
         (["show", "<script>"], "unknown method '<script>'. Choose from: "),
         (["--debgu", "list"], "no such option --debgu. Did you mean '--debug'?"),
         (["report"], "there is no folder results; run `paperworks check SLUG` first or give --results"),
@@ -96,6 +100,28 @@ def test_bad_input_is_one_line_and_code_2(paperworks, arguments, words):
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {words}")
     assert err.count("\n") == 1
+
+
+def test_nothing_asked_is_answered_with_help(paperworks):
+    code, out, err = paperworks()
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: paperworks")
+    assert "..." not in err.replace("[ARGS]...", "")  # no command's line is cut
+
+
+def test_debug_may_stand_anywhere(paperworks):
+    for arguments in (["--debug", "show", "logitclp"], ["show", "logitclp", "--debug"]):
+        code, _, err = paperworks(*arguments)
+        assert code == 2
+        assert "Traceback" in err
+        assert err.endswith("error: unknown method 'logitclp'. Did you mean 'logitclip'?\n")
+
+
+def test_show_lists_settings(paperworks):
+    code, out, _ = paperworks("show", "logitclip", "--settings")
+    assert code == 0
+    (row,) = [line for line in out.splitlines() if line.startswith("epochs ")]
+    assert len(row.split()) > 4
 
 
 def test_a_broken_pipe_is_no_fault():

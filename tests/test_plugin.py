@@ -57,7 +57,7 @@ def test_check_measures_its_claim(paperworks: Paperworks, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "results" / "smoothing" / "smoke.json").read_text())
     assert result["expectations"][0]["name"] == "accuracy: smoothing − plain"
-    assert f"smoothing: {result['verdict']}" in done.stdout
+    assert f"smoothing (smoke, 1 seed): {result['verdict']}" in done.stdout
 
 
 def test_a_fault_in_the_plug_in_is_one_line(site: Path, paperworks: Paperworks) -> None:

@@ -139,12 +139,7 @@ def combined_page(combinations: Iterable[combine.Combination]) -> str:
 
 def settings_table(settings: type[Settings]) -> str:
     """The settings with their defaults; where the scales differ, one a scale."""
-    rows = []
-    for name, field in settings.model_fields.items():
-        extra = field.json_schema_extra
-        scales = extra.get("scales") if isinstance(extra, dict) else None
-        defaults = [shown(scales[scale] if isinstance(scales, dict) else field.default) for scale in SCALES]
-        rows.append([name, field.description or "", *defaults])
+    rows = [[name, text, *map(shown, defaults.values())] for name, text, defaults in settings.described()]
     return table(["setting", "meaning", *SCALES], rows)
 
 

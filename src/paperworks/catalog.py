@@ -169,9 +169,12 @@ def find(slug: str) -> Card:
         UserError: If there is none, with the nearest slug.
     """
     cards = catalog()
-    if slug not in cards:
-        raise unknown("method", slug, cards)
-    return cards[slug]
+    if slug in cards:
+        return cards[slug]
+    for card in cards.values():
+        if slug.casefold() in (card.slug, card.name.casefold()):
+            raise UserError(f"unknown method {slug!r}. Did you mean {card.slug!r}?")
+    raise unknown("method", slug, cards)
 
 
 def _arms(tree: ast.Module) -> dict[tuple[str, ...], tuple[str, ...]]:

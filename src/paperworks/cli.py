@@ -38,6 +38,11 @@ class Commands(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         return super().get_command(context, name) or Tool.of(name)
 
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = ((name, self.get_command(context, name)) for name in self.list_commands(context))
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(300)) for name, command in commands if command])
+
     def resolve_command(
         self, context: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -109,9 +114,16 @@ def list_(family: str | None, as_json: bool) -> None:
     show_default=True,
     help="Folder of results.",
 )
-def show(slug: str, as_json: bool, results: Path) -> None:
+@click.option("--settings", "with_settings", is_flag=True, help="Only list the settings of its claim, for --set.")
+def show(slug: str, as_json: bool, results: Path, with_settings: bool) -> None:
     """Show a method: its problem, paper, API, claim and last result."""
     card = find(slug)
+    if with_settings:
+        from paperworks.bench.claim import load_claim
+        from paperworks.bench.report import settings_table
+
+        _console().print(settings_table(load_claim(slug).settings))
+        return
     measured = _last_result(slug, results)
     if as_json:
         click.echo(json.dumps(_card_json(card) | {"result": measured}, indent=1))
@@ -135,14 +147,15 @@ def show(slug: str, as_json: bool, results: Path) -> None:
         at = "" if len(scales) == len(SCALES) else f" at {' and '.join(scales)}"
         click.echo(_wrapped(f"Arms{at}: {', '.join(arms)}"))
     if measured:
-        click.echo(f"Measured at {measured['scale']} with {measured['seeds']} seeds: {measured['verdict']}")
+        seeds = f"{measured['seeds']} seed{'s' * (measured['seeds'] != 1)}"
+        click.echo(f"Measured at {measured['scale']} with {seeds}: {measured['verdict']}")
         for found in measured["expectations"]:
             low = "−∞" if found["low"] is None else f"{found['low']:.4g}"
             high = "∞" if found["high"] is None else f"{found['high']:.4g}"
             click.echo(f"  {found['name']}: {found['estimate']:.4g} ({low} … {high}): {found['verdict']}")
         for left in measured.get("unjudged", []):
             click.echo(f"  {', '.join(left['names'])}: not judged (needs {', '.join(left['missing'])})")
-    click.echo(f"Check: paperworks check {card.slug}")
+    click.echo(f"Check: paperworks check {card.slug}; its settings: paperworks show {card.slug} --settings")
 
 
 def placing(command: Callable[..., None]) -> Callable[..., None]:
@@ -237,7 +250,7 @@ def check(slugs: Sequence[str], everything: bool, arms: str | None, results: Pat
     for summary, page in published:
         if summary.left_out:
             say(f"{summary.slug}: not judged: {summary.left_out}")
-        say(f"{summary.slug}: {summary.verdict_text}. Report: {page}")
+        say(f"{summary.slug} ({summary.size}): {summary.verdict_text}. Report: {page}")
     readme = Path("README.md")
     if everything and plan.scale != "smoke" and readme.exists() and BEGIN in readme.read_text("utf-8"):
         update_readme(readme, read_all(results))
@@ -294,12 +307,12 @@ def report(results: Path, as_json: bool, html: Path | None, readme: Path | None)
 
     if not results.is_dir():
         raise UserError(f"there is no folder {results}; run `paperworks check SLUG` first or give --results")
-    summaries = read_all(results)
+    summaries = read_all(results, every=True)
     if html:
         parts = [reports.claim_part(summary, reports.stored_pictures(summary, results)) for summary in summaries]
         reports.write(html, reports.render("paperworks: all results", parts).encode())
     if readme:
-        reports.update_readme(readme, summaries)
+        reports.update_readme(readme, read_all(results))
     if as_json:
         click.echo(json.dumps([summary.brief() for summary in summaries], indent=1))
     elif summaries:
@@ -307,7 +320,7 @@ def report(results: Path, as_json: bool, html: Path | None, readme: Path | None)
         console.print(reports.verdict_table(summaries))
         for summary in summaries:
             if summary.left_out:
-                line = f"{summary.slug}, {summary.scale}: not judged: {summary.left_out}"
+                line = f"{summary.slug} ({', '.join(summary.kind)}): not judged: {summary.left_out}"
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
     else:
         click.echo(f"No results in {results} yet.")
@@ -392,6 +405,10 @@ def _plan(options: dict[str, Any]) -> Plan:
     """Check the options that need no torch first, so that a typo is answered at once."""
     if options["scale"] not in SCALES:
         raise unknown("scale", options["scale"], SCALES)
+    if not options["store"]:
+        raise UserError("--store must name a folder or URL, got nothing")
+    if (root := options["data_root"]) and not Path(root).expanduser().is_dir():
+        raise UserError(f"there is no folder {root} (--data-root or PAPERWORKS_DATA)")
     overrides = {}
     for text in options.pop("overrides"):
         key, equals, value = text.partition("=")
@@ -456,14 +473,19 @@ def _wrapped(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours."""
-    args = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line and exit: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours.
+
+    ``--debug`` may stand anywhere.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = [argument for argument in given if argument != "--debug"]
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         cli.main(args=args, prog_name="paperworks", standalone_mode=False)
         sys.exit(0)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; what was measured is stored", err=True)
+        stored = "; what was measured is stored" * ({"check", "combine"} & set(args) != set())
+        click.echo(f"interrupted{stored}", err=True)
         sys.exit(130)
     except click.exceptions.Exit as exit:
         sys.exit(exit.exit_code)
@@ -472,14 +494,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         known = [name for option in options for name in option.opts if name.startswith("--")]
         click.echo(f"error: no such option {error.option_name}.{nearest(error.option_name, known)}", err=True)
         sys.exit(2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except click.ClickException as error:
         click.echo(f"error: {error.format_message()}", err=True)
         sys.exit(2)
     except Exception as error:
-        if "--debug" in args:
+        if "--debug" in given:
             traceback.print_exception(error)
         if isinstance(error, UserError):
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
+        if isinstance(error, OSError) and error.filename:
+            click.echo(f"error: {error.filename}: {error.strerror}", err=True)
             sys.exit(2)
         click.echo(f"fault: {type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", err=True)
         sys.exit(1)

@@ -25,9 +25,10 @@ class MissingExtra(UserError, ImportError):
 def nearest(name: object, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the choice closest to ``name``, else the list of choices."""
     options = list(choices)
-    close = get_close_matches(str(name), options, n=1, cutoff=0.5)
+    by_case = {option.casefold(): option for option in options}
+    close = get_close_matches(str(name).casefold(), by_case, n=1, cutoff=0.5)
     if close:
-        return f" Did you mean {close[0]!r}?"
+        return f" Did you mean {by_case[close[0]]!r}?"
     return f" Choose from: {', '.join(options)}." if options else ""
 
 

@@ -26,10 +26,10 @@ def test_a_scale_measures_its_arms_and_says_what_it_does_not_judge(paperworks):
     *rows, left, last = done.out.splitlines()
     assert [row.split()[-1] for row in rows[1:]] == ["holds", "fails"]
     assert left == f"nudge: not judged: {LEFT_OUT}"
-    assert last == "nudge: fails (2 of 3 expectations). Report: results/nudge/quick.html"
+    assert last == "nudge (quick, 2 seeds): fails (2 of 3 expectations). Report: results/nudge/quick.html"
     assert arms_of("results/nudge/quick.json") == ["only", "twice"]
     assert f"Not judged: {LEFT_OUT}." in Path("results/nudge/quick.html").read_text()
-    assert f"nudge, quick: not judged: {LEFT_OUT}\n" in paperworks("report").out
+    assert f"nudge (quick, 2 seeds): not judged: {LEFT_OUT}\n" in paperworks("report").out
     (found,) = json.loads(paperworks("report", "--json").out)
     assert found["unjudged"] == [{"names": ["score: only − none"], "missing": ["none"], "scales": ["full"]}]
     assert "fails (quick, 2 seeds, 2 of 3 expectations) |" in methods_table(read_all(Path("results")))
@@ -40,7 +40,7 @@ def test_full_judges_all(paperworks):
     done = paperworks(*NUDGE, "--scale", "full")
     assert done.err == "measuring 20 trials of nudge (full)\n"
     assert "not judged" not in done.out
-    assert done.out.splitlines()[-1] == "nudge: fails. Report: results/nudge/full.html"
+    assert done.out.splitlines()[-1] == "nudge (full, 5 seeds): fails. Report: results/nudge/full.html"
     assert json.loads(Path("results/nudge/full.json").read_text())["unjudged"] == []
 
 
@@ -76,8 +76,8 @@ def test_other_arms_of_any_scale_can_be_chosen(paperworks):
     assert done.code == 0, done.err
     assert done.err == "4 of 6 trials are stored in paperworks-runs\nmeasuring 2 trials of nudge (quick)\n"
     assert "not judged" not in done.out
-    assert done.out.splitlines()[-1] == "nudge: fails. Report: results/nudge/none,only,twice/quick.html"
     folder = Path("results/nudge/none,only,twice")
+    assert done.out.splitlines()[-1] == f"nudge (quick, 2 seeds): fails. Report: {folder}/quick.html"
     assert arms_of(folder / "quick.json") == ["none", "only", "twice"]
     assert (
         "paperworks check nudge --scale quick --seeds 2 --arms none,only,twice" in (folder / "quick.html").read_text()
@@ -98,7 +98,7 @@ def test_arms_of_which_nothing_is_expected_get_no_verdict(paperworks):
     assert done.code == 0, done.err
     left, last = done.out.splitlines()
     assert "two and two (needs twice, only; judged at quick, full)" in left
-    assert last == "nudge: no verdict. Report: results/nudge/idle/quick.html"
+    assert last == "nudge (quick, 2 seeds): no verdict. Report: results/nudge/idle/quick.html"
     assert json.loads(Path("results/nudge/idle/quick.json").read_text())["verdict"] is None
     page = Path("results/nudge/idle/quick.html").read_text()
     assert not [word for word in ('"verdict holds', '"verdict fails', "None") if word in page]

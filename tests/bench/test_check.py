@@ -25,7 +25,7 @@ def test_a_check_ends_with_a_table_a_verdict_and_a_page(paperworks):
     rows = done.out.splitlines()
     assert rows[1].split()[:5] == ["tiny", "score:", "better", "−", "base"]
     assert [row.split()[-1] for row in rows[1:4]] == ["holds"] * 3
-    assert rows[4:] == ["tiny: holds. Report: results/tiny/quick.html"]
+    assert rows[4:] == ["tiny (quick, 2 seeds): holds. Report: results/tiny/quick.html"]
     assert sorted(path.name for path in Path().iterdir()) == ["paperworks-runs", "results"]
     page = Path("results/tiny/quick.html")
     drawn = page.stat().st_mtime_ns
@@ -38,10 +38,26 @@ def test_a_check_ends_with_a_table_a_verdict_and_a_page(paperworks):
 def test_one_seed_leaves_everything_undecided(paperworks):
     done = paperworks(*TINY, "--scale", "smoke", "--set", "epochs=2", "--results", "[/red]")
     assert done.code == 0, done.err
-    assert done.out.splitlines()[-1] == "tiny: undecided. Report: [/red]/tiny/smoke.html"
-    summary = json.loads(Path("[/red]/tiny/smoke.json").read_text())
+    assert done.out.splitlines()[-1] == "tiny (smoke, 1 seed): undecided. Report: [/red]/tiny/epochs=2/smoke.html"
+    summary = json.loads(Path("[/red]/tiny/epochs=2/smoke.json").read_text())
     assert (summary["seeds"], summary["settings"]["epochs"]) == (1, 2)
     assert [(e["low"], e["high"]) for e in summary["expectations"]] == [(None, None), (0.0, None), (None, None)]
+
+
+def test_changed_settings_leave_the_claim_s_own_result_alone(paperworks):
+    assert paperworks(*TINY).code == 0
+    own = Path("results/tiny/quick.json").read_bytes()
+    for value in ("2", "4"):
+        assert paperworks(*TINY, "--set", f"epochs={value}").code == 0
+    assert Path("results/tiny/quick.json").read_bytes() == own
+    assert sorted(path.name for path in Path("results/tiny").iterdir() if path.is_dir()) == ["epochs=2", "epochs=4"]
+    shown = [line.split()[0] for line in paperworks("report").out.splitlines()]
+    assert (shown.count("epochs=2"), shown.count("epochs=4")) == (1, 1)
+    found = json.loads(paperworks("report", "--json").out)
+    assert [summary.get("changed") for summary in found] == [None, {"epochs": 2}, {"epochs": 4}]
+    assert "epochs" not in paperworks("show", "tiny").out
+    long = paperworks(*TINY, "--set", f"data={'x/' * 200}").out.split()[-1]
+    assert len(Path(long).parent.name) < 80
 
 
 def test_several_checks_that_end_at_once_share_a_folder_of_results(forked, paperworks):
@@ -222,6 +238,8 @@ def test_a_damaged_result_is_named_by_report(paperworks, content):
         (["tiny", "--set", "rates=[0.1"], "setting rates='[0.1': input should be a valid tuple"),
         (["tiny", "--set", 'rates=["a"]'], "setting rates.0='a': input should be a valid number"),
         (["tiny", "--set", "rates=[]"], "setting rates=[]: tuple should have at least 1 item"),
+        (["tiny", "--store", ""], "--store must name a folder or URL, got nothing"),
+        (["tiny", "--data-root", "nowhere"], "there is no folder nowhere (--data-root or PAPERWORKS_DATA)"),
         (["tiny", "--store", "nowhere://x"], "cannot open the store 'nowhere://x'"),
         (["tiny", "--sed", "3"], "no such option --sed. Did you mean '--seeds'?"),
     ],

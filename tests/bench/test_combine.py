@@ -72,6 +72,15 @@ def test_combine_measures_all_subsets_and_their_effects(paperworks):
     assert "paperworks combine tiny nudge --on tiny --scale quick --seeds 2 --metric score" in page
 
 
+def test_changed_settings_of_a_combination_are_told(paperworks):
+    assert paperworks(*TINY).code == 0
+    own = Path("results/combine/tiny--tiny+nudge-quick-score.json").read_bytes()
+    page = Path(paperworks(*TINY, "--set", "epochs=2").out.split()[-1])
+    assert page.name == "tiny--tiny+nudge-quick-score-epochs=2.html"
+    assert "--seeds 2 --metric score --set epochs=2" in page.read_text()
+    assert Path("results/combine/tiny--tiny+nudge-quick-score.json").read_bytes() == own
+
+
 def test_combine_reuses_what_is_stored_and_takes_another_metric(paperworks):
     paperworks(*TINY, "--scale", "smoke")
     done = paperworks(*TINY, "--scale", "smoke", "--metric", "size/small")

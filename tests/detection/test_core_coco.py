@@ -303,7 +303,7 @@ def test_k_shots_are_k_of_each_and_repeat():
     check_shots(few, 2)
     with pytest.raises(UserError, match=r"expected 3 instances of every category, but not so for 3 \(2\), 90 \(2\)"):
         check_shots(few, 3)
-    with pytest.raises(UserError, match="category 3 has 6 instances, fewer than 7"):
+    with pytest.raises(UserError, match="category 3 has 6 usable instances, fewer than 7"):
         sample_k_shot(many(), 7, seed=0)
 
 

@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning_fabric import Fabric
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -54,6 +57,7 @@ from paperworks.detection.metadetr import (
     sample_episode,
     slot_codes,
 )
+from paperworks.detection.metadetr.aggregation import index_codes
 from paperworks.errors import UserError
 from paperworks.train import State, Trainer
 from paperworks.worlds import FLAT_SHAPES, flat_scenes, write_coco
@@ -68,6 +72,17 @@ def tiny(classes=7, slots=5, **changes):
     torch.manual_seed(0)
     sizes = {"d": 16, "heads": 2, "hidden": 32, "queries": 4, "encoders": 2, "decoders": 2}
     return MetaDetr(classes, slots, **sizes | changes).eval()
+
+
+class Patches(nn.Module):
+    """A backbone that does not look beyond its cells, so that a canvas around the picture cannot reach them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 8, 8)
+
+    def forward(self, images):
+        return [self.conv(images)]
 
 
 def aggregation(slots=3, d=8, **changes):
@@ -159,9 +174,21 @@ def test_order_of_classes_is_told_by_slots_alone(order):
 
 
 def test_the_sigmoid_is_undone_up_to_the_clamp():
-    v = torch.tensor([-20.0, -11.4, 0.3, 11.4, 20.0], dtype=torch.float64)
-    undone = v.sigmoid().logit(1e-5)
-    torch.testing.assert_close(undone, torch.tensor([-11.5129, -11.4, 0.3, 11.4, 11.5129]).double(), atol=1e-4, rtol=0)
+    cam, v = aggregation(2).double(), torch.tensor([-20.0, -11.4, 0.3, 11.4, 20.0, 1, 2, 3], dtype=torch.float64)
+    undone = torch.tensor([-11.512915, -11.4, 0.3, 11.4, 11.512915, 1, 2, 3], dtype=torch.float64)
+    x = torch.randn(1, 5, 8, dtype=torch.float64, generator=draw())
+    _, _, attention = cam(x, v.sigmoid()[None, None])
+    logits = (x @ cam.project.weight.T) @ torch.stack([cam.project.weight @ undone, cam.background[0]]).T / math.sqrt(8)
+    torch.testing.assert_close(attention, logits.softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+def test_matrices_begin_as_in_the_released_encoder():
+    torch.manual_seed(0)
+    model = MetaDetr(7, d=64)
+    parts = (model.aggregate, model.first.feed, *(layer.feed for layer in model.encoder.layers))
+    for p in (p for part in parts for p in part.parameters() if p.dim() > 1):
+        bound = math.sqrt(6 / sum(p.shape))
+        assert 0.9 * bound < p.abs().max() <= bound
 
 
 def test_saturated_codes_in_half_precision():
@@ -189,22 +216,15 @@ def test_gradients_of_aggregation():
 
 def test_a_code_is_the_mean_of_its_box():
     model, boxes = tiny(), torch.tensor([[0.5, 0.5, 0.5, 0.25], [0.25, 0.5, 0.5, 1.0]])
-    images = torch.rand(2, 3, 64, 48, generator=draw())
-    seen = model.attend(images, None)
-    pixels = box_convert(boxes, "cxcywh", "xyxy") * torch.tensor([48.0, 64, 48, 64])
+    images, pad = torch.rand(2, 3, 64, 48, generator=draw()), torch.ones(2, 64, 48, dtype=torch.bool)
+    pad[0, :60, :33], pad[1, :20, :48] = False, False  # no multiples of the stride
+    seen = model.attend(images, pad)
+    pixels = box_convert(boxes, "cxcywh", "xyxy") * torch.tensor([[33.0, 60, 33, 60], [48, 20, 48, 20]])
     regions = roi_align(seen.as_map(), [b[None] for b in pixels], 7, spatial_scale=1 / 8, aligned=True)
-    torch.testing.assert_close(model.encode(images, boxes), regions.mean((2, 3)).sigmoid())
+    torch.testing.assert_close(model.encode(images, boxes, pad), regions.mean((2, 3)).sigmoid())
 
 
 def test_a_large_canvas_changes_no_code_and_no_find():
-    class Patches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 16, 8, 8)
-
-        def forward(self, images):
-            return [self.conv(images)]
-
     model, images, boxes = tiny(backbone=Patches()), torch.rand(2, 3, 32, 32, generator=draw()), torch.tensor([0.5] * 4)
     model.group_norm = nn.Identity()  # which would look at all of the canvas
     large, pad = torch.zeros(2, 3, 48, 64), torch.ones(2, 48, 64, dtype=torch.bool)
@@ -229,7 +249,7 @@ def test_the_mean_of_one_instance_shown_often_is_its_code(scenes):
     torch.testing.assert_close(flipped.codes, mirrored)
 
 
-def test_codes_do_not_depend_on_how_many_are_made_at_once(support):
+def test_codes_of_pictures_of_one_size_do_not_depend_on_how_many_are_made_at_once(support):
     model = tiny()
     books = [model.encode_classes(support, draws=4, batch_size=size) for size in (1, 5, 64)]
     for book in books[1:]:
@@ -259,6 +279,15 @@ def test_codes_of_other_weights_are_refused(scenes):
         model.first.norm.weight.add_(1e-3)
     with pytest.raises(UserError, match="the codes were made with other weights"):
         model.predict(scenes.images[:1], book)
+
+
+def test_codes_are_refused_after_a_step_of_any_optimizer(scenes):
+    model = tiny()
+    book = a_book(model)
+    model.train().encode(scenes.images[:1], torch.full((1, 4), 0.5)).sum().backward()
+    AdamW(model.first.parameters(), fused=True).step()  # which leaves the versions of weights alone
+    with pytest.raises(UserError, match="the codes were made with other weights"):
+        model.eval().predict(scenes.images[:1], book)
 
 
 def test_bad_books(support, tmp_path):
@@ -350,7 +379,7 @@ def test_augmentation_moves_the_box_along_and_keeps_the_object():
     again = augmented(shot, v2.RandomCrop((10, 10)), draw(19))
     assert torch.equal(again.image, cropped.image)
     assert torch.equal(before, torch.get_rng_state())
-    with pytest.raises(UserError, match="the augmentation lost the object of class 1 100 times"):
+    with pytest.raises(UserError, match="the augmentation left less than 20% of the pixels of an object of class 1"):
         augmented(shot, v2.Lambda(lambda x: v2.functional.crop(x, 15, 30, 5, 5)), draw())
 
 
@@ -467,6 +496,52 @@ def test_gradients_reach_supports_and_background(scenes, support):
     }
 
 
+def test_episodes_augment_and_differ_by_process(scenes, support):
+    def shown(sampler):
+        state = State(Fabric(accelerator="cpu"), tiny(), None, None, None, epochs=1, total_steps=1)
+        state.inputs, state.targets = scenes.images[:3], pack(flat_targets(scenes)[:3])
+        sampler.setup(state)
+        sampler.on_batch(state)
+        return state.inputs
+
+    plain, flipped = (
+        shown(EpisodeSampler(support, augment=augment)) for augment in (None, v2.RandomHorizontalFlip(1.0))
+    )
+    assert plain.classes.shape == flipped.classes.shape == (5, 5)
+    assert any(torch.equal(plain.supports[0].flip(-1), image.flip(-1)) for image in scenes.images)
+    assert any(torch.equal(flipped.supports[0].flip(-1), image) for image in scenes.images)
+
+    class Second(EpisodeSampler):
+        def setup(self, state):
+            state.fabric = SimpleNamespace(global_rank=1)
+            super().setup(state)
+
+    assert not torch.equal(shown(Second(support)).classes, plain.classes)
+
+
+def test_samplers_refuse_models_that_do_not_fit(scenes, support, tmp_path):
+    with pytest.raises(UserError, match="size must be the model's 5 slots, or some are never trained, got 3"):
+        fit(tiny(), scenes, EpisodeSampler(support, 3, 1), tmp_path)
+    with pytest.raises(UserError, match="EpisodeSampler trains a MetaDetr, got Detr"):
+        fit(plain_detr(7), scenes, EpisodeSampler(support, 5, 1), tmp_path)
+    with pytest.raises(UserError, match="the model knows 6 classes, from 0, and there is support for 6"):
+        fit(tiny(6), scenes, EpisodeSampler(support, 5, 1), tmp_path)
+
+
+def test_pictures_of_unequal_sizes_in_an_episode():
+    model = tiny(backbone=Patches())
+    model.group_norm = nn.Identity()
+    images, pad = torch.rand(2, 3, 32, 32, generator=draw()), torch.ones(2, 32, 32, dtype=torch.bool)
+    pad[0, :, :16], pad[1, :16] = False, False
+    boxes = torch.tensor([[0.5, 0.5, 0.5, 0.75], [0.5, 0.25, 0.5, 0.5]])
+    found = model(MetaTask(images, pad, images, pad, boxes, torch.tensor([[3, 1]])))
+    halves = images[:1, :, :, :16], images[1:, :, :16]
+    codes = torch.cat([model.encode(half, box[None]) for half, box in zip(halves, boxes, strict=True)])
+    for row, half in enumerate(halves):
+        alone = model.search(model.attend(half, None), codes[None])[-1]
+        torch.testing.assert_close(found.layers[-1].logits[row], alone.logits[0], atol=1e-4, rtol=1e-4)
+
+
 def fit(model, scenes, sampler, folder, stop=None):
     data = TensorDataset(scenes.images, pack(flat_targets(scenes)))
     trainer = Trainer(
@@ -480,11 +555,14 @@ def test_a_killed_training_ends_as_an_undisturbed_one(scenes, support, tmp_path)
     def parts():
         return tiny(), scenes, EpisodeSampler(support, 5, 1, augment=v2.RandomHorizontalFlip(), seed=3)
 
-    whole, model = fit(*parts(), tmp_path / "a"), tiny()
+    undisturbed, *rest = parts()
+    history = fit(undisturbed, *rest, tmp_path / "a")
     with pytest.raises(Stop):
-        fit(*parts(), tmp_path / "b", stop=5)
-    model, *rest = parts()
-    assert fit(model, *rest, tmp_path / "b") == whole
+        fit(*parts(), tmp_path / "b", stop=7)  # in the middle of the second epoch
+    resumed, *rest = parts()
+    assert fit(resumed, *rest, tmp_path / "b") == history
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, undisturbed.state_dict()[name]), name
 
 
 def test_learning_brings_the_loss_down(scenes, support, tmp_path):
@@ -506,10 +584,29 @@ def test_fine_tuning_leaves_alone_where_to_look(scenes, support, tmp_path):
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     prepare_finetuning(model, [5, 6], draw())
+    _, directions = model.classifier.rows.parametrizations["weight"].parameters()
+    old = before["classifier.rows.parametrizations.weight.original1"]
+    assert torch.equal(directions[:5], old[:5])
+    assert not torch.isclose(directions[5:], old[5:]).any()
     fit(model, scenes, EpisodeSampler(support, 5, 1), tmp_path)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert not [name for name in moved if "offsets" in name or "reference" in name]
     assert {"aggregate.project.weight", "decoder.class_head.weight", "first.attention.value.weight"} <= moved
+
+
+def test_the_plain_detector_forgets_that_new_classes_are_never_there():
+    plain = plain_detr(4, d=16, heads=2, hidden=32)
+    head = plain.decoder.class_head
+    nn.init.constant_(head.weight, -9.0)
+    nn.init.constant_(head.bias, -9.0)
+    prepare_finetuning(plain, [1, 3], draw())
+    assert (head.weight[[0, 2]] == -9).all()
+    assert head.weight[[1, 3]].abs().max() <= 0.25
+    torch.testing.assert_close(head.bias.detach(), torch.tensor([-9, -math.log(99), -9, -math.log(99)]))
+    assert not [p for name, p in plain.named_parameters() if p.requires_grad and "offsets" in name]
+    for model in (plain, tiny(4)):
+        with pytest.raises(UserError, match="novel must be classes from 0 to 3, got 4, -1"):
+            prepare_finetuning(model, [2, 4, -1])
 
 
 def test_the_rate_of_fine_tuning():
@@ -547,7 +644,18 @@ def test_detections_have_the_classes_of_the_book(scenes):
     assert first.labels.tolist() == [book.classes[place % 5] for place in places.tolist()]
     box = box_convert(prediction.boxes[0, places[0] // 5], "cxcywh", "xyxy") * torch.tensor([96.0, 64, 96, 64])
     torch.testing.assert_close(first.boxes[0], box)
-    assert model.detect(scenes.images[:1], book)[0].boxes.max() <= 64
+    assert all((found.scores > 0).all() for found in model.detect(scenes.images[:2], book))
+    with pytest.raises(UserError, match="sizes must be those of 2 pictures, got 1"):
+        model.detect(scenes.images[:2], book, [(32, 32)])
+
+
+def test_boxes_are_of_pictures_without_their_padding(scenes):
+    model = tiny()
+    images, pad = torch.zeros(1, 3, 64, 96), torch.ones(1, 64, 96, dtype=torch.bool)
+    images[:, :, :32, :32], pad[:, :32, :32] = scenes.images[:1], False
+    book = a_book(model)
+    default, told = (model.detect([images, pad], book, sizes)[0] for sizes in (None, [(32, 32)]))
+    assert torch.equal(default.boxes, told.boxes)
 
 
 def test_fewer_classes_than_slots(scenes):
@@ -571,6 +679,7 @@ def test_looking_keeps_modes_and_statistics(scenes, support):
 
 def test_queries_are_codes_and_points_of_their_number():
     model = tiny()
+    torch.testing.assert_close(model.decoder.queries, index_codes(4, 16))
     nn.init.zeros_(model.decoder.reference.weight)
     found = model.search(model.attend(torch.rand(1, 3, 32, 32, generator=draw()), None), some_codes(5)[None])
     half_size = 1 / (1 + math.exp(2))  # what the box head begins with
@@ -596,6 +705,10 @@ def test_the_plain_detector_is_the_same_without_aggregation():
 
 
 def test_bad_sizes():
+    with pytest.raises(UserError, match="d must be even, got 7"):
+        aggregation(2, d=7)
+    with pytest.raises(UserError, match="heads must be at least 1, got 0"):
+        tiny(heads=0)
     with pytest.raises(UserError, match="d must be a multiple of heads and of 4, got 18 and 2"):
         tiny(d=18)
     with pytest.raises(UserError, match="decoders must be at least 1, got 0"):
@@ -608,7 +721,7 @@ def test_bad_sizes():
         aggregation(3)(torch.zeros(1, 2, 8), some_codes(4, 8)[None])
 
 
-@pytest.mark.parametrize("box", [[0.5, 0.5, 0.0, 0.2], [0.9, 0.5, 0.4, 0.2]])
+@pytest.mark.parametrize("box", [[0.5, 0.5, 0.0, 0.2], [0.9, 0.5, 0.4, 0.2], [0.5, math.nan, 0.1, 0.1]])
 def test_bad_supports(box, scenes):
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], box])
     with pytest.raises(UserError, match=rf"support 1: box \({box[0]}, .*\) is not within its picture"):
@@ -626,6 +739,19 @@ def test_classes_without_support(support):
         EpisodeSampler(support, episodes=0)
     with pytest.raises(UserError, match="draws must be at least 1, got 0"):
         tiny().encode_classes(support, draws=0)
+    with pytest.raises(UserError, match="classes must be some, each once, got 2, 2"):
+        tiny().encode_classes(support, [2, 2])
+    with pytest.raises(UserError, match="classes must be some, each once, got none"):
+        tiny().encode_classes(support, [])
+    model = tiny()
+    empty = a_book(model).of([])
+    with pytest.raises(UserError, match="the book has no class"):
+        model.predict(torch.zeros(1, 3, 32, 32), empty)
+
+
+def test_pictures_alone_are_no_task(unchecked):
+    with pytest.raises(UserError, match="MetaDetr takes a MetaTask, which EpisodeSampler makes, got Tensor"):
+        tiny()(torch.zeros(1, 3, 32, 32))
 
 
 # Few shots.
@@ -642,8 +768,17 @@ def test_supports_leave_out_what_is_small_or_ignored(tmp_path):
     assert sum(support.count(label) for label in support.classes) == len(rows) - 2
     keys = {support.shot(label, k).key for label in support.classes for k in range(support.count(label))}
     assert keys == {(row["image_id"], row["id"]) for row in rows[2:]}
-    with pytest.raises(UserError, match="no instance of 99999 pixels or more"):
+    with pytest.raises(UserError, match="no instance of 99999 pixels or more to support a class; pictures are 64x64"):
         SupportSet(data, least_area=99_999)
+    again = json.loads((tmp_path / "annotations.json").read_text())
+    again["annotations"] = [{**row, "category_id": 1} for row in content["annotations"]]
+    again["categories"] = again["categories"][:1]
+    few = sample_k_shot(again, len(rows) - 2, seed=0)
+    assert {row["id"] for row in few["annotations"]} == {row["id"] for row in rows[2:]}
+    with pytest.raises(
+        UserError, match=rf"category 1 has {len(rows) - 2} usable instances, fewer than {len(rows)} shots"
+    ):
+        sample_k_shot(again, len(rows), seed=0)
 
 
 def test_shots_of_public_files_are_exact_for_novel_classes_alone():
@@ -696,11 +831,17 @@ def test_own_pictures(arm, own, tmp_path):
 
 
 def test_own_shots(own, tmp_path):
-    file = tmp_path / "5shot.json"
+    file, both = tmp_path / "5shot.json", tmp_path / "both"
     content = json.loads((own / "annotations.json").read_text())
     few = sample_k_shot(content, 5, seed=9)
     file.write_text(json.dumps(few))
-    _, kept = trial(tmp_path / "run", data=str(own), novel='["ring"]', shots_file=str(file))
+    with pytest.raises(
+        UserError, match=r"5shot\.json has \d+ pictures that are measured on, e\.g\. .*: give DIR/train"
+    ):
+        trial(tmp_path / "run", data=str(own), novel='["ring"]', shots_file=str(file))
+    shutil.copytree(own, both / "train")
+    write_coco(both / "val", flat_scenes(9, size=32, objects=(4, 4), radius=(4.0, 6.0), seed=1))
+    _, kept = trial(tmp_path / "run", data=str(both), novel='["ring"]', shots_file=str(file))
     keys = json.loads(kept["shots.json"])["picture and annotation of each shot"]
     assert {tuple(key) for rows in keys.values() for key in rows} == {
         (row["image_id"], row["id"]) for row in few["annotations"]
@@ -708,7 +849,7 @@ def test_own_shots(own, tmp_path):
     few["annotations"] = few["annotations"][:-1]
     file.write_text(json.dumps(few))
     with pytest.raises(UserError, match="expected 5 instances of every category"):
-        trial(tmp_path / "again", data=str(own), novel='["ring"]', shots_file=str(file))
+        trial(tmp_path / "again", data=str(both), novel='["ring"]', shots_file=str(file))
 
 
 def test_own_pictures_need_novel_classes(own, tmp_path):

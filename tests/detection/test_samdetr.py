@@ -479,8 +479,8 @@ def test_what_was_found_is_drawn_where_it_is():
     assert (axes.get_xlim(), axes.get_ylim(), axes.get_aspect()) == ((0, 1), (1, 0), 0.5)
     axes.clear()
     found(axes, torch.rand(3, 40, 80), truth, (logits, boxes), ("cup", "spoon"), sure=0.9)
-    assert len(axes.patches) == 1
-    assert not axes.texts
+    assert len(axes.patches) == 2
+    assert [text.get_text() for text in axes.texts] == ["spoon 0.88"]  # the surest, sure or not
 
 
 def test_own_pictures_that_are_bad(folder, tmp_path):

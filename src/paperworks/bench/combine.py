@@ -23,6 +23,7 @@ from .expectations import t_interval
 from .figures import CYCLE
 from .measure import COMBINE
 from .report import Cell, Grid, Part, Picture, figure_png, number, render, spread, write
+from .results import assignments, changed_settings, file_name
 
 Cells = dict[frozenset[str], NDArray[np.float64]]
 """Values of one metric, one a seed, under each subset of the methods."""
@@ -51,19 +52,22 @@ class Combination(BaseModel):
     seeds: int
     metric: str
     settings: dict[str, Any]
+    changed: dict[str, Any] = {}
     cells: dict[str, list[float]]
     effects: list[Effect]
 
     @property
     def stem(self) -> str:
         """Name of its files in ``results/combine/``."""
-        return f"{self.on}--{'+'.join(self.methods)}-{self.scale}-{self.metric.replace('/', '-')}"
+        stem = f"{self.on}--{'+'.join(self.methods)}-{self.scale}-{self.metric.replace('/', '-')}"
+        return f"{stem}-{file_name(assignments(self.changed))}" if self.changed else stem
 
     @property
     def command(self) -> str:
         """The command line that measures it."""
         command = ["paperworks", "combine", *self.methods, "--on", self.on, "--scale", self.scale]
-        return shlex.join([*command, "--seeds", str(self.seeds), "--metric", self.metric])
+        command += ["--seeds", str(self.seeds), "--metric", self.metric]
+        return shlex.join([*command, *(part for text in assignments(self.changed) for part in ("--set", text))])
 
 
 def effects(methods: Sequence[str], cells: Cells) -> list[Effect]:
@@ -116,6 +120,7 @@ def combined(claim: Claim, methods: Sequence[str], records: Records, metric: str
         seeds=len(next(iter(cells.values()))),
         metric=chosen,
         settings=rows[0]["settings"],
+        changed=changed_settings(claim, records.plan.scale, rows[0]["settings"]),
         cells={_label(methods, subset): values.tolist() for subset, values in cells.items()},
         effects=effects(methods, cells),
     )

@@ -27,7 +27,8 @@ from . import figures
 from .check import Records
 from .claim import Claim
 from .expectations import Judgement
-from .results import Found, Summary, largest, summarise
+from .results import Found, Summary, assignments, largest, summarise
+from .settings import SCALES, Settings
 
 COLOURS = {"holds": "green", "undecided": "yellow", "fails": "red"}
 
@@ -129,8 +130,8 @@ def claim_part(summary: Summary, pictures: Sequence[Picture]) -> Part:
     machine = summary.machine.get("gpu") or f"{summary.machine.get('processor')}, {summary.machine.get('cores')} cores"
     command = ["paperworks", "check", summary.slug, "--scale", summary.scale, "--seeds", str(summary.seeds)]
     command += ["--arms", ",".join(summary.chosen)] if summary.chosen else []
-    for name, value in summary.changed.items():
-        command += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    for assignment in assignments(summary.changed):
+        command += ["--set", assignment]
     return Part(
         slug=summary.slug,
         card=card,
@@ -257,18 +258,32 @@ def verdict_table(summaries: Iterable[Summary]) -> RichTable:
     """Verdicts for the terminal."""
     table = RichTable(box=None, header_style="bold", pad_edge=False)
     for header in ("claim", "expectation", "bar", "estimate", "95 % interval", "verdict"):
-        table.add_column(header, justify="right" if header in ("bar", "estimate", "95 % interval") else "left")
+        right = header in ("bar", "estimate", "95 % interval")
+        table.add_column(header, justify="right" if right else "left", overflow="fold")
     for summary in summaries:
+        first = [escape(summary.slug), *(f"[dim]{escape(text)}[/]" for text in summary.kind)]  # a row each
+        last = len(summary.expectations) - 1
         for index, found in enumerate(summary.expectations):
             colour = COLOURS[found.verdict]
             table.add_row(
-                escape(summary.slug) if index == 0 else "",
+                "\n".join(first[index:] if index == last else first[index : index + 1]),
                 escape(found.name),
                 bar(found),
                 number(found.estimate, found.unit),
                 interval(found),
                 f"[{colour}]{found.verdict}[/]",
             )
+    return table
+
+
+def settings_table(settings: type[Settings]) -> RichTable:
+    """A claim's settings for the terminal, with their defaults by scale."""
+    table = RichTable(box=None, header_style="bold", pad_edge=False)
+    for header in ("setting", *SCALES, "meaning"):
+        table.add_column(header, overflow="fold")
+    for name, text, defaults in settings.described():
+        shown = (value if isinstance(value, str) else json.dumps(value) for value in defaults.values())
+        table.add_row(name, *map(escape, shown), escape(text))
     return table
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -94,6 +97,8 @@ class Summary(BaseModel):
         fields = {"name", "verdict", "estimate", "low", "high"}
         expectations = [found.model_dump(mode="json", include=fields) for found in self.expectations]
         brief = {"slug": self.slug, "scale": self.scale, "seeds": self.seeds, "expectations": expectations}
+        brief |= {"arms": self.chosen} if self.chosen else {}
+        brief |= {"changed": self.changed} if self.changed else {}
         return brief | ({"unjudged": [left.model_dump() for left in self.unjudged]} if self.unjudged else {})
 
     @property
@@ -102,6 +107,17 @@ class Summary(BaseModel):
         if self.verdict is None:
             return "no verdict"
         return f"{self.verdict} ({self.share})" if self.unjudged else self.verdict
+
+    @property
+    def kind(self) -> list[str]:
+        """What distinguishes it from others of its claim: its size, chosen arms, changed settings."""
+        arms = [f"--arms {','.join(self.chosen)}"] if self.chosen else []
+        return [self.size, *arms, *assignments(self.changed)]
+
+    @property
+    def size(self) -> str:
+        """Scale and number of seeds."""
+        return f"{self.scale}, {self.seeds} seed{'s' * (self.seeds != 1)}"
 
     @property
     def share(self) -> str:
@@ -115,8 +131,9 @@ class Summary(BaseModel):
         return "; ".join(map(str, self.unjudged))
 
     def folder(self, results: Path) -> Path:
-        """Where it stands in a results folder; chosen arms have a folder of their own, and replace nothing."""
-        return results / self.slug / ",".join(self.chosen)
+        """Where it stands in a results folder; chosen arms and changed settings have a folder of their own, and replace
+        nothing."""
+        return results / self.slug / file_name([*self.chosen, *assignments(self.changed)])
 
     def path(self, results: Path) -> Path:
         """Its JSON in a results folder."""
@@ -141,7 +158,7 @@ def summarise(claim: Claim, scale: str, records: Sequence[dict[str, Any]]) -> Su
         for arm, rows in by_arm.items()
     }
     verdicts: list[Verdict] = [expectation.judge(table) for expectation in claim.judged(arms)]
-    first, usual = records[0], claim.settings.at(scale).model_dump(mode="json")
+    first = records[0]
     return Summary(
         slug=claim.slug,
         scale=scale,
@@ -149,7 +166,7 @@ def summarise(claim: Claim, scale: str, records: Sequence[dict[str, Any]]) -> Su
         verdict=overall(verdicts),
         expectations=[Found(**vars(verdict)) for verdict in verdicts],
         unjudged=_unjudged(claim, arms),
-        changed={name: value for name, value in first["settings"].items() if usual.get(name, ...) != value},
+        changed=changed_settings(claim, scale, first["settings"]),
         chosen=[] if arms == claim.arms_at[scale] else list(arms),
         arms={arm: {name: values.tolist() for name, values in metrics.items()} for arm, metrics in table.items()},
         settings=first["settings"],
@@ -160,6 +177,24 @@ def summarise(claim: Claim, scale: str, records: Sequence[dict[str, Any]]) -> Su
         measured=datetime.now(UTC).date().isoformat(),
         digest="-".join(sorted(record["checksum"][:8] for record in records)),
     )
+
+
+def changed_settings(claim: Claim, scale: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not the scale's own."""
+    usual = claim.settings.at(scale).model_dump(mode="json")
+    return {name: value for name, value in settings.items() if usual.get(name, ...) != value}
+
+
+def assignments(changed: Mapping[str, Any]) -> list[str]:
+    """Settings as ``--set`` takes them."""
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changed.items()]
+
+
+def file_name(parts: Sequence[str]) -> str:
+    """A short name for some texts, which no others have; empty for none."""
+    text = ",".join(parts)
+    plain = re.sub(r"[^A-Za-z0-9+=.,_-]+", "-", text)[:60]
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _unjudged(claim: Claim, arms: Collection[str]) -> list[Unjudged]:
@@ -173,14 +208,18 @@ def _unjudged(claim: Claim, arms: Collection[str]) -> list[Unjudged]:
     return list(found.values())
 
 
-def read_all(results: Path) -> list[Summary]:
-    """Every summary in a results folder, by slug and then by scale.
+def read_all(results: Path, *, every: bool = False) -> list[Summary]:
+    """The summaries in a results folder, by slug and then by scale.
+
+    Args:
+        results: The folder.
+        every: Also those of chosen arms and changed settings.
 
     Raises:
         UserError: If a file is no summary.
     """
     found = []
-    for path in sorted(results.glob("*/*.json")):
+    for path in sorted(path for pattern in ("*/*.json", "*/*/*.json")[: 1 + every] for path in results.glob(pattern)):
         if path.stem not in SCALES:
             continue
         try:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from paperworks.errors import UserError, unknown
 
@@ -26,17 +27,21 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @classmethod
+    def described(cls) -> list[tuple[str, str, dict[str, Any]]]:
+        """Name, description, and default by scale of every setting."""
+        rows = []
+        for name, field in cls.model_fields.items():
+            rows.append((name, field.description or "", _scales(field) or dict.fromkeys(SCALES, field.default)))
+        return rows
+
+    @classmethod
     def at(cls, scale: str, overrides: Mapping[str, Any] | None = None) -> Self:
         """The defaults of ``scale`` with ``overrides``, whose values may be text from a command line.
 
         Raises:
             UserError: For an unknown setting, or a value of the wrong type or range.
         """
-        values: dict[str, Any] = {}
-        for name, field in cls.model_fields.items():
-            extra = field.json_schema_extra
-            if isinstance(extra, dict) and isinstance(scales := extra.get("scales"), dict):
-                values[name] = scales[scale]
+        values = {name: scales[scale] for name, field in cls.model_fields.items() if (scales := _scales(field))}
         for name, value in (overrides or {}).items():
             if name not in cls.model_fields:
                 raise unknown("setting", name, cls.model_fields)
@@ -49,6 +54,13 @@ class Settings(BaseModel):
             raise UserError(
                 f"setting {name}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
             ) from error
+
+
+def _scales(field: FieldInfo) -> dict[str, Any] | None:
+    """The defaults of a ``scaled`` setting."""
+    extra = field.json_schema_extra
+    scales = extra.get("scales") if isinstance(extra, dict) else None
+    return dict(scales) if isinstance(scales, dict) else None
 
 
 def _parse(value: Any) -> Any:

@@ -5,10 +5,10 @@ classes in at most 0.35 times the latter's time.
 Pictures of 64x64 with one or two shapes (radius 12 to 20 pixels) on a plain gradient. Six shapes are base classes, with
 as many pictures as training takes, and three are novel. Base training has 300 steps, fine-tuning on 5 shots of all nine
 classes 100. All arms share backbone, encoder, decoder, queries, losses, AdamW at 1e-3 (half of it in fine-tuning),
-weight decay 1e-4 and gradients of norm 1 at most. A step has 16 pictures, or as many pairs of picture and episode, so
-that ``finetuned`` sees the most pictures. Nothing is tuned for an arm. The task was made as easy as it takes for the
-detector without meta-learning to reach 40 points of AP50 on base classes (51 with seed 0), before any other arm was
-trained.
+weight decay 1e-4 and gradients of norm 1 at most; that novel classes were never there is forgotten before fine-tuning.
+A step has 16 pictures, or as many pairs of picture and episode, so that ``finetuned`` sees the most pictures. Nothing
+is tuned for an arm. The task was made as easy as it takes for the detector without meta-learning to reach 40 points of
+AP50 on base classes (51 with seed 0), before any other arm was trained.
 
 ``novel_ap50`` is over 200 pictures that show all classes, with the truth of the novel ones alone, so that false alarms
 count; ``base_ap50`` likewise. ``novel_ap50_unadapted`` is that before fine-tuning, when the shots are all that the
@@ -84,6 +84,7 @@ from paperworks.detection.metadetr import (
     plain_detr,
     prepare_finetuning,
 )
+from paperworks.detection.metadetr.model import cells_shown
 from paperworks.errors import UserError, unknown
 from paperworks.nn import keeping_modes
 from paperworks.train import Intervention, State
@@ -161,7 +162,7 @@ class FewShots:
         return {"novel_ap50": novel["AP50"], "novel_ap": novel["AP"], "base_ap50": base["AP50"]}
 
     @property
-    def wanted(self) -> list[tuple[int, int]]:
+    def sizes(self) -> list[tuple[int, int]]:
         """Sizes of the pictures to measure on."""
         return [(row["height"], row["width"]) for row in self.truth["images"]]
 
@@ -207,7 +208,13 @@ def folder(run: Run, settings: MetaDetrSettings) -> FewShots:
     split = FewShotSplit(tuple(sorted(set(range(len(train.classes))) - set(novel))), novel)
     if len(split.base) < settings.slots:
         raise UserError(f"slots must be at most the {len(split.base)} base classes, got {settings.slots}")
-    base_ids, novel_ids = ([train.category_ids[label] for label in part] for part in (split.base, split.novel))
+    base_ids, novel_ids = ([train.category_ids[label] for label in labels] for labels in (split.base, split.novel))
+    there = {label for target in test.targets for label in target.labels.tolist()}
+    for kind, labels in {"base": split.base, "novel": split.novel}.items():
+        if not there & set(labels):
+            raise UserError(
+                f"the pictures of {test.name} to measure on show no {kind} class: give DIR/train and DIR/val"
+            )
 
     def part(content: dict[str, Any]) -> CocoData:
         return CocoData(content, train.folder, settings.longest)
@@ -219,6 +226,10 @@ def folder(run: Run, settings: MetaDetrSettings) -> FewShots:
         if chosen.category_ids != train.category_ids:
             raise UserError(f"{settings.shots_file} and {train.name} differ in their categories")
         check_shots(chosen.content, k, novel_ids)
+        measured_on = {row["file_name"] for row in test.rows.values()} if test.folder == train.folder else set[str]()
+        if both := sorted(measured_on & {row["file_name"] for row in chosen.rows.values()}):
+            what = f"{len(both)} pictures that are measured on, e.g. {both[0]}"
+            raise UserError(f"{settings.shots_file} has {what}: give DIR/train and DIR/val")
         return chosen
 
     base = part(keep_categories(train.content, base_ids))
@@ -238,7 +249,7 @@ def batches(pictures: Pictures, size: int, steps: int, generator: torch.Generato
     )
 
 
-def looks(pictures: Pictures, size: int = 32) -> DataLoader[Any]:
+def measured(pictures: Pictures, size: int = 32) -> DataLoader[Any]:
     return DataLoader(pictures, size, collate_fn=collated)  # type: ignore[arg-type]
 
 
@@ -255,6 +266,11 @@ class Arm:
         self.run, self.settings, self.data = run, settings, data
         torch.manual_seed(run.seed)
         self.model = self.make({name: getattr(settings, name) for name in ("queries", "encoders", "decoders")})
+
+    @property
+    def novel(self) -> Sequence[int]:
+        """Classes that begin anew when they are learned."""
+        return self.data.split.novel
 
     def make(self, sizes: dict[str, Any]) -> nn.Module:
         return plain_detr(len(self.data.classes), **sizes)
@@ -283,7 +299,7 @@ class Arm:
 
     def adapt(self, k: int, *eyes: Intervention) -> None:
         """Fine-tune on k shots."""
-        prepare_finetuning(self.model, self.data.split.novel, self.run.generator("novel rows"))
+        prepare_finetuning(self.model, self.novel, self.run.generator("novel rows"))
         self.train(f"shots {k}", self.data.shots[k], self.settings.shot_steps, self.settings.lr / 2, *eyes)
 
     def ready(self, k: int) -> Callable[[Any], Prediction]:
@@ -292,10 +308,10 @@ class Arm:
 
     def measure(self, k: int) -> dict[str, float]:
         predict, finds = self.ready(k), list[Detections]()
-        device, sizes = next(self.model.parameters()).device, self.data.wanted
+        device, sizes = next(self.model.parameters()).device, self.data.sizes
         with keeping_modes(self.model), torch.no_grad():
             self.model.eval()
-            for (images, pad), targets in looks(self.data.test):
+            for (images, pad), targets in measured(self.data.test):
                 prediction = predict((images.to(device), pad.to(device)))
                 finds += post_process(prediction, sizes[len(finds) : len(finds) + len(targets)])
         return self.data.measure([Detections(each.scores.cpu(), each.labels.cpu(), each.boxes.cpu()) for each in finds])
@@ -307,7 +323,7 @@ class Arm:
     @torch.no_grad()
     def milliseconds(self, predict: Callable[[Any], Prediction]) -> float:
         device = next(self.model.parameters()).device
-        (images, pad), _ = next(iter(looks(self.data.test)))
+        (images, pad), _ = next(iter(measured(self.data.test)))
         inputs, times = (images.to(device), pad.to(device)), []
         clock = time.perf_counter if device.type == "cuda" else time.process_time
         with keeping_modes(self.model):
@@ -326,7 +342,7 @@ class Meta(Arm):
 
     Args:
         slots: Classes of an episode; by default those of the settings.
-        pairs: Whether there are as many episodes as there would be slots.
+        equal_pairs: Whether there are as many times the episodes as there would be slots.
         background, task_codes: Of ``MetaDetr``.
     """
 
@@ -337,13 +353,13 @@ class Meta(Arm):
         data: FewShots,
         *,
         slots: int | None = None,
-        pairs: bool = False,
+        equal_pairs: bool = False,
         background: bool = True,
         task_codes: bool = True,
     ) -> None:
         self.slots = slots or settings.slots
         self.variant: dict[str, Any] = {"background": background, "task_codes": task_codes}
-        self.more, self.episodes = settings.slots if pairs else 1, settings.episodes
+        self.more, self.episodes = settings.slots if equal_pairs else 1, settings.episodes
         super().__init__(run, settings, data)
 
     def make(self, sizes: dict[str, Any]) -> nn.Module:
@@ -381,6 +397,8 @@ class Meta(Arm):
 class NearestCode(Arm):
     """A detector of any object; what it finds gets the class whose mean shot looks most like it (cosine)."""
 
+    novel = ()
+
     def make(self, sizes: dict[str, Any]) -> nn.Module:
         return plain_detr(1, **sizes)
 
@@ -389,16 +407,17 @@ class NearestCode(Arm):
 
     def ready(self, k: int) -> Callable[[Any], Prediction]:
         assert isinstance(self.model, Detr)
-        model, device, codes = self.model, next(self.model.parameters()).device, []
-        shots = self.data.shots[k]
+        model, device, shots = self.model, next(self.model.parameters()).device, self.data.shots[k]
+        codes, labels = list[Tensor](), list[int]()
         with keeping_modes(model), torch.no_grad():
             model.eval()
-            labels = torch.cat([target.labels for _, target in pairs(shots)])
-            for (images, pad), targets in looks(shots):
+            for (images, pad), targets in measured(shots):
+                labels += [label for target in targets for label in target.labels.tolist()]
                 boxes = [target.boxes.to(device) for target in targets]
                 codes.append(pooled(model, (images.to(device), pad.to(device)), boxes))
         every = F.normalize(torch.cat(codes), dim=1)
-        means = torch.stack([every[labels == label].mean(0) for label in range(len(self.data.classes))])
+        rows = torch.tensor(labels, device=device)
+        means = torch.stack([every[rows == label].mean(0) for label in range(len(self.data.classes))])
 
         def predict(inputs: Any) -> Prediction:
             last = model(inputs)[-1]
@@ -417,15 +436,11 @@ class AnyObject(SetCriterion):
         return super().forward(predictions, [replace(t, labels=torch.zeros_like(t.labels)) for t in targets])
 
 
-def pairs(pictures: Pictures) -> list[tuple[Tensor, Targets]]:
-    return [pictures[place] for place in range(len(pictures))]
-
-
 def pooled(model: Detr, inputs: Any, boxes: Sequence[Tensor]) -> Tensor:
     """The mean of the encoded features in each box, picture after picture."""
     last = model.memory(inputs)[-1]
-    scale = (last.valid * last.valid.new_tensor([last.width, last.height])).repeat(1, 2)
-    corners = [box_convert(some, "cxcywh", "xyxy") * size for some, size in zip(boxes, scale, strict=True)]
+    shown = cells_shown(last, inputs[1]).repeat(1, 2)
+    corners = [box_convert(some, "cxcywh", "xyxy") * size for some, size in zip(boxes, shown, strict=True)]
     return roi_align(last.as_map(), corners, 7, aligned=True).mean((2, 3))
 
 
@@ -434,7 +449,7 @@ ARMS: dict[str, Callable[..., Arm]] = {
     "finetuned": Arm,
     "one-by-one": partial(Meta, slots=1),
     "meta-detr": Meta,
-    "one-by-one-pairs": partial(Meta, slots=1, pairs=True),
+    "one-by-one-pairs": partial(Meta, slots=1, equal_pairs=True),
     "no-task-codes": partial(Meta, slots=1, task_codes=False),
     "no-background": partial(Meta, background=False),
     "nearest-code": NearestCode,
@@ -447,7 +462,7 @@ def step_factor(step: int, total: int) -> float:
     return min(1.0, (step + 1) / 50) * (0.1 if step >= 0.8 * total else 1.0)
 
 
-class Looks(Intervention):
+class MeasureAlong(Intervention):
     """Measures along fine-tuning, after each quarter but the last."""
 
     def __init__(self, arm: Arm) -> None:
@@ -491,7 +506,7 @@ def trial(run: Run, arm: str, settings: MetaDetrSettings) -> dict[str, float]:
         run.log(0, **start)
     for k in settings.shots:
         chosen.model.load_state_dict(base)
-        eyes = Looks(chosen)
+        eyes = MeasureAlong(chosen)
         chosen.adapt(k, *([eyes] if k == MAIN else []))
         after = chosen.measure(k)
         if k == MAIN:
@@ -515,11 +530,11 @@ def report(run: Run, arm: Arm) -> None:
     }
     run.save("shots", {"picture and annotation of each shot": keys})
     if run.seed == 0:
-        run.figure("detections", pictures(arm))
+        run.figure("detections", figure(arm))
 
 
 @torch.no_grad()
-def pictures(arm: Arm) -> Figure:
+def figure(arm: Arm) -> Figure:
     """Pictures with novel classes, what is there and what was found; of Meta-DETR also its attention to classes."""
     data, novel = arm.data, arm.data.split.novel
     shown = [k for k, target in enumerate(coco_targets(data.truth)) if set(target.labels.tolist()) & set(novel)][:3]
@@ -531,8 +546,8 @@ def pictures(arm: Arm) -> Figure:
         prediction = Prediction(*(part.cpu() for part in arm.ready(MAIN)(inputs)))
         attention, valid, episode = attended(arm, inputs) if isinstance(arm, Meta) else (None, [], [])
     columns = 1 + (0 if attention is None else attention.shape[1])
-    figure = Figure(figsize=(1.9 * columns, 2.1 * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), columns, squeeze=False)
+    sheet = Figure(figsize=(1.9 * columns, 2.1 * len(shown)), layout="constrained")
+    panels = sheet.subplots(len(shown), columns, squeeze=False)
     for k, target in enumerate(targets):
         rows, cells = (int(n) for n in ((~pad[k]).any(1).sum(), (~pad[k]).any(0).sum()))
         picture = images[k, :, :rows, :cells]
@@ -546,7 +561,7 @@ def pictures(arm: Arm) -> Figure:
             axes.set(xticks=[], yticks=[], aspect=rows / cells)
             axes.set_title(title, fontsize=8)
     panels[0, 0].set_title("found (there: dashed)", fontsize=8)
-    return figure
+    return sheet
 
 
 def attended(arm: Meta, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, list[list[int]], list[int]]:

@@ -62,5 +62,6 @@ def level(features: Float[Tensor, "batch d height width"], pad: Bool[Tensor, "ba
     _, d, height, width = features.shape
     small = F.interpolate(pad[:, None].float(), (height, width), mode="nearest")[:, 0].bool()
     valid = torch.stack([(~small[:, 0]).float().mean(1), (~small[:, :, 0]).float().mean(1)], -1)
-    pos = sine_embed(grid(height, width).to(features) / valid[:, None], d)
-    return Level(features.flatten(2).transpose(1, 2), pos, small.flatten(1), height, width, valid)
+    pos = sine_embed(grid(height, width).to(valid) / valid[:, None], d)
+    tokens = features.flatten(2).transpose(1, 2)
+    return Level(tokens, pos.to(features), small.flatten(1), height, width, valid.to(features))

@@ -18,6 +18,9 @@ COCO_NOVEL = (*range(1, 8), 9, *range(16, 22), 44, 62, 63, 64, 67, 72)
 VOC_NOVEL = {1: (3, 6, 10, 14, 18), 2: (1, 5, 10, 13, 18), 3: (4, 8, 14, 17, 18)}
 """Of VOC's classes 1 to 20, the novel ones of each split."""
 
+LEAST_AREA = 5.0
+"""Pixels of an instance that can be a support."""
+
 
 @dataclass(frozen=True)
 class FewShotSplit:
@@ -49,6 +52,8 @@ def sample_k_shot(
 ) -> dict[str, Any]:
     """Exactly ``k`` instances of each category; other boxes of their pictures are dropped from the annotations.
 
+    Drawn are those that can be supports: no crowds, nothing that says ``ignore``, no box of less than 5 pixels.
+
     Raises:
         UserError: If a category has fewer instances.
     """
@@ -56,9 +61,9 @@ def sample_k_shot(
         raise UserError(f"k must be at least 1, got {k}")
     draw, rows = np.random.default_rng(seed), []
     for category in category_ids or [row["id"] for row in content["categories"]]:
-        mine = [row for row in content["annotations"] if row["category_id"] == category and not row.get("iscrowd")]
+        mine = [row for row in content["annotations"] if row["category_id"] == category and _usable(row)]
         if len(mine) < k:
-            raise UserError(f"category {category} has {len(mine)} instances, fewer than {k} shots")
+            raise UserError(f"category {category} has {len(mine)} usable instances, fewer than {k} shots")
         rows += [mine[place] for place in sorted(draw.choice(len(mine), k, replace=False).tolist())]
     return _with(content, rows)
 
@@ -122,7 +127,7 @@ class SupportSet:
         UserError: If a box is degenerate or outside its picture, or no instance is left.
     """
 
-    def __init__(self, data: CocoData | Sequence[Example], *, least_area: float = 5.0) -> None:
+    def __init__(self, data: CocoData | Sequence[Example], *, least_area: float = LEAST_AREA) -> None:
         self._data = data
         self._places: dict[int, list[tuple[int, int]]] = {}
         ignored = set[int]()
@@ -139,7 +144,9 @@ class SupportSet:
                 if area >= least_area and not (target.ids and target.ids[row] in ignored):
                     self._places.setdefault(label, []).append((picture, row))
         if not self._places:
-            raise UserError(f"there is no instance of {least_area:g} pixels or more to support a class")
+            shown = ", ".join(f"{h}x{w}" for h, w in sorted({target.size for target in targets})[:3])
+            what = f"instance of {least_area:g} pixels or more to support a class"
+            raise UserError(f"there is no {what}; pictures are {shown or 'none'}")
         self.classes = tuple(sorted(self._places))
 
     def count(self, label: int) -> int:
@@ -162,6 +169,11 @@ class SupportSet:
     def draw(self, label: int, generator: torch.Generator) -> Shot:
         """Any of them."""
         return self.shot(label, int(torch.randint(self.count(label), (), generator=generator)))
+
+
+def _usable(row: dict[str, Any]) -> bool:
+    _, _, width, height = row["bbox"]
+    return not row.get("iscrowd") and not row.get("ignore") and width * height >= LEAST_AREA
 
 
 def _with(content: dict[str, Any], annotations: list[dict[str, Any]]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Targets:
                 raise UserError(f"image {self.image_id}, object {row}: label {label} is not 0 to {num_classes - 1}")
             x, y, width, height = box
             edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-            if not (width > 0 and height > 0 and min(edges) >= -1e-3 and max(edges) <= 1 + 1e-3):
+            if not (width > 0 and height > 0 and all(-1e-3 <= edge <= 1 + 1e-3 for edge in edges)):
                 shown = ", ".join(f"{value:.4g}" for value in box)
                 raise UserError(f"image {self.image_id}, object {row}: box ({shown}) is not within the picture")
 
@@ -118,15 +118,21 @@ def post_process(prediction: Prediction, sizes: Sequence[tuple[int, int]], top: 
     Args:
         prediction: Of the last layer.
         sizes: Height and width of each original picture.
-        top: How many, at most.
+        top: How many, at most; pairs of chance 0, where a class was not asked for, are none.
+
+    Raises:
+        UserError: If there are not as many sizes as pictures.
     """
+    if len(sizes) != len(prediction.logits):
+        raise UserError(f"sizes must be those of {len(prediction.logits)} pictures, got {len(sizes)}")
     classes = prediction.logits.shape[-1]
     scores, places = prediction.logits.sigmoid().flatten(1).topk(min(top, prediction.logits[0].numel()))
     queries = places // classes
     boxes = box_convert(prediction.boxes, "cxcywh", "xyxy").gather(1, queries[..., None].expand(-1, -1, 4))
     scale = torch.tensor([[w, h, w, h] for h, w in sizes]).to(boxes)
     boxes = boxes * scale[:, None]
-    return [Detections(s, label, b) for s, label, b in zip(scores, places % classes, boxes, strict=True)]
+    found = zip(scores, places % classes, boxes, scores > 0, strict=True)
+    return [Detections(s[kept], label[kept], b[kept]) for s, label, b, kept in found]
 
 
 def clear_padding(pad: Bool[Tensor, "batch height width"] | None, images: Tensor) -> Bool[Tensor, "batch height width"]:

@@ -1,4 +1,4 @@
-"""Where query features meet the codes of several classes at once (section 3.3 of the paper)."""
+"""Where query features meet the codes of several classes at once: the correlational aggregation module (CAM)."""
 
 import math
 
@@ -9,13 +9,21 @@ from torch import Tensor, nn
 from paperworks.errors import UserError
 
 CLAMP = 1e-5
-"""Codes are kept so far from 0 and 1 when the sigmoid is undone."""
+"""Codes are kept so far from 0 and 1 when the sigmoid is undone; the released code now has 1e-6."""
 
 
 def index_codes(count: int, d: int) -> Float[Tensor, "count d"]:
     r"""Sine codes of 0, 1, …: channels $2i$ and $2i + 1$ are $\sin$ and $\cos$ of $n / 10000^{2i / d}$."""
     angles = torch.arange(count)[:, None] * 10000 ** (-torch.arange(0, d, 2) / d)
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+
+
+def xavier(*parts: nn.Module) -> None:
+    """Initialise all matrices as the released encoder does; z, of one row, is among them."""
+    for part in parts:
+        for parameter in part.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
 
 
 def slot_codes(count: int, d: int) -> Float[Tensor, "count d"]:
@@ -41,11 +49,13 @@ class CorrelationalAggregation(nn.Module):
         task_codes: Whether there is $\tau$; without, one slot is all that can be told apart.
 
     Raises:
-        UserError: If several slots have no codes.
+        UserError: If d is odd, or several slots have no codes.
     """
 
     def __init__(self, d: int, slots: int, *, background: bool = True, task_codes: bool = True) -> None:
         super().__init__()
+        if d < 2 or d % 2:
+            raise UserError(f"d must be even, got {d}")
         if slots < 1:
             raise UserError(f"slots must be at least 1, got {slots}")
         if slots > 1 and not task_codes:
@@ -57,10 +67,7 @@ class CorrelationalAggregation(nn.Module):
         self.merge = nn.Linear(2 * (d // 2) + d, d)
         codes = slot_codes(slots, d) if task_codes else torch.zeros(slots, d)
         self.register_buffer("task_codes", codes, persistent=False)
-        # The released code initialises W and z by N(0, 1/d) and N(0, 1), and then all matrices, z too, by Xavier.
-        for weight in (self.project.weight, self.background):
-            if weight is not None:
-                nn.init.xavier_uniform_(weight)
+        xavier(self)  # the released code draws W and z from N(0, 1/d) and N(0, 1) first, to no effect
 
     def forward(
         self, x: Float[Tensor, "batch places d"], codes: Float[Tensor, "#batch classes d"]

@@ -48,10 +48,12 @@ class CodeBook:
         return CodeBook(tuple(classes), self.codes[rows], tuple(self.instances[row] for row in rows), self.fingerprint)
 
     def save(self, path: str | Path) -> None:
-        """Write it whole, or not at all."""
+        """Write it whole, or not at all; folders are made."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         torch.save({**vars(self), "codes": self.codes.cpu()}, content)
-        write_whole(Path(path), content.getvalue())
+        write_whole(path, content.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> "CodeBook":

@@ -49,8 +49,8 @@ def _some(labels: Sequence[int], count: int, generator: torch.Generator) -> list
 def episode_targets(targets: Targets, classes: Sequence[int]) -> Targets:
     """The objects of an episode's classes, labelled by slot; all others are background."""
     slots = targets.labels[:, None] == torch.tensor(classes, device=targets.labels.device)
-    mine = slots.any(1)
-    ids = tuple(id for id, kept in zip(targets.ids, mine.tolist(), strict=False) if kept)
+    mine = slots.any(1).nonzero()[:, 0]  # the one wait for the device
+    ids = tuple(targets.ids[row] for row in mine.tolist()) if targets.ids else ()
     return replace(targets, labels=slots[mine].int().argmax(1), boxes=targets.boxes[mine], ids=ids)
 
 
@@ -91,7 +91,8 @@ def augmented(shot: Shot, augment: v2.Transform | None, generator: torch.Generat
                 height, width = image.shape[1:]
                 shares = box_convert(moved, "xyxy", "cxcywh") / moved.new_tensor([width, height, width, height])
                 return replace(shot, image=image.as_subclass(Tensor), box=shares[0])
-    raise UserError(f"the augmentation lost the object of class {shot.label} {TRIES} times")
+    what = f"{LEAST_SHARE:.0%} of the pixels of an object of class {shot.label}"
+    raise UserError(f"the augmentation left less than {what}, {TRIES} times")
 
 
 def _pixels(box: Tensor, image: Tensor) -> Tensor:

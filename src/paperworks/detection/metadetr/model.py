@@ -31,7 +31,7 @@ from paperworks.detection.core import (
 )
 from paperworks.detection.core.detr import with_features
 from paperworks.detection.core.targets import clear_padding
-from paperworks.detection.metadetr.aggregation import CorrelationalAggregation, index_codes
+from paperworks.detection.metadetr.aggregation import CorrelationalAggregation, index_codes, xavier
 from paperworks.detection.metadetr.codes import CodeBook, fingerprint
 from paperworks.detection.metadetr.episodes import augmented, inference_episodes
 from paperworks.errors import UserError
@@ -111,7 +111,7 @@ class PointDecoder(nn.Module):
     Args:
         d, heads, hidden, layers, points, dropout: As of ``MetaDetr``.
         queries: How many.
-        slots: Logits of a query.
+        slots: Logits of a query, each with a bias of its own; in the released code they share one.
     """
 
     def __init__(
@@ -152,6 +152,9 @@ class PointDecoder(nn.Module):
 class MetaDetr(nn.Module):
     """Few-shot detection on the level of the picture: no region proposals, and several classes in one pass.
 
+    In the field's words, pictures that are searched are query images, and a class's code is the prototype that its
+    support images form; queries are those of the decoder.
+
     The same backbone and first encoder layer see pictures that are searched and pictures that support classes. Between
     attention and feed-forward block of that layer, ``CorrelationalAggregation`` brings in the codes of an episode's
     classes; all that follows knows slots only.
@@ -162,7 +165,8 @@ class MetaDetr(nn.Module):
         queries, d, heads, hidden, encoders, decoders, points: Sizes; the defaults are for pictures of 64×64. The paper
             has 300, 256, 8, 1024, 6, 6 and 4.
         backbone: Pictures to a list of maps of ``d`` channels, of which the last is used; by default ``TinyBackbone``,
-            stride 8. The paper has ResNet-101 with frozen batch norms, stride 32, and a 1x1 projection.
+            stride 8. The paper has ResNet-101 with frozen batch norms, stride 32, and a 1x1 projection. The sides of
+            pictures should be multiples of the stride; ``padded`` sees to it.
         dropout: Its rate; 0.1 in the paper.
         background, task_codes: Of ``CorrelationalAggregation``.
 
@@ -173,7 +177,8 @@ class MetaDetr(nn.Module):
         >>> model = MetaDetr(classes=9)
         >>> sampler = EpisodeSampler(SupportSet(examples))
         >>> trainer = Trainer(10, interventions=[sampler], batch_size=4, clip_norm=0.1)
-        >>> trainer.fit(model, data, loss=MetaCriterion(), optimizer=AdamW(parameter_groups(model)))
+        >>> optimizer = AdamW(parameter_groups(model), weight_decay=1e-4)
+        >>> trainer.fit(model, data, loss=MetaCriterion(), optimizer=optimizer)  # no eval_data: it has no episodes
         >>> book = model.encode_classes(SupportSet(k_shot_examples))
         >>> found = model.detect(images, book, sizes)
     """
@@ -196,14 +201,17 @@ class MetaDetr(nn.Module):
         task_codes: bool = True,
     ) -> None:
         super().__init__()
-        check_sizes(d, heads, classes=classes, queries=queries, encoders=encoders, decoders=decoders)
-        self.slots = slots
+        check_sizes(
+            d, heads, hidden, classes=classes, queries=queries, encoders=encoders, decoders=decoders, points=points
+        )
+        self.slots, self.classes = slots, classes
         self.backbone, self.group_norm = backbone or TinyBackbone(d), group_norm(d)
         self.first = DeformableEncoderLayer(d, heads, hidden, points=points, dropout=dropout)
         self.aggregate = CorrelationalAggregation(d, slots, background=background, task_codes=task_codes)
         self.encoder = Encoder(d, heads, hidden, encoders - 1, points=points, deformable=True, dropout=dropout)
         self.decoder = PointDecoder(d, heads, hidden, decoders, queries, slots, points, dropout)
         self.classifier = CosineClassifier(d, classes)
+        xavier(self.first.feed, *feeds(self.encoder))
         self._hashed: tuple[list[tuple[int, int]], str] | None = None
 
     def attend(self, images: Float[Tensor, "n 3 height width"], pad: Bool[Tensor, "n height width"] | None) -> Level:
@@ -224,13 +232,13 @@ class MetaDetr(nn.Module):
             UserError: If a box has no extent, or lies outside its picture.
         """
         edges = box_convert(boxes, "cxcywh", "xyxy")
-        bad = (boxes[:, 2:] <= 0).any(1) | (edges < -1e-3).any(1) | (edges > 1 + 1e-3).any(1)
-        if bad.any():
-            row = int(bad.int().argmax())
+        good = (boxes[:, 2:] > 0).all(1) & (edges >= -1e-3).all(1) & (edges <= 1 + 1e-3).all(1)
+        if not good.all():
+            row = int(good.int().argmin())
             shown = ", ".join(f"{value:.4g}" for value in boxes[row].tolist())
             raise UserError(f"support {row}: box ({shown}) is not within its picture")
         seen = self.attend(images, pad)
-        cells = edges * seen.valid.repeat(1, 2) * edges.new_tensor([seen.width, seen.height]).repeat(2)
+        cells = edges * cells_shown(seen, clear_padding(pad, images)).repeat(1, 2)
         regions = roi_align(seen.as_map(), list(cells[:, None]), BINS, aligned=True)
         return regions.mean((2, 3)).sigmoid()
 
@@ -241,6 +249,8 @@ class MetaDetr(nn.Module):
         return [Prediction(layer.logits[..., : codes.shape[1]], layer.boxes) for layer in found]
 
     def forward(self, task: MetaTask) -> MetaPrediction:
+        if not isinstance(task, MetaTask):
+            raise UserError(f"MetaDetr takes a MetaTask, which EpisodeSampler makes, got {type(task).__name__}")
         episodes, slots = task.classes.shape
         codes = self.encode(task.supports, task.boxes, task.support_pad)
         seen = self.attend(task.images, task.pad)
@@ -249,9 +259,14 @@ class MetaDetr(nn.Module):
 
     # After training.
 
+    def train(self, mode: bool = True) -> "MetaDetr":
+        """As of every module; weights may change from now on."""
+        self._hashed = None if mode else self._hashed
+        return super().train(mode)
+
     @property
     def fingerprint(self) -> str:
-        """Of all weights that make codes; computed anew when one of them has changed."""
+        """Of all weights that make codes; computed anew after training, or when one of them has changed in place."""
         parts = (self.backbone, self.group_norm, self.first.attention, self.first.norm)
         now = [(value.data_ptr(), value._version) for part in parts for value in part.state_dict().values()]
         if self._hashed is None or self._hashed[0] != now:
@@ -271,25 +286,32 @@ class MetaDetr(nn.Module):
     ) -> CodeBook:
         """The mean code of each class.
 
+        Pictures of one size have the same codes in any company; those of different sizes pad each other in a batch, and
+        the group norm sees that.
+
         Args:
             support: Instances.
             classes: Labels; by default all that have instances.
-            draws: Codes that are averaged, at most: each instance once; with ``augment``, exactly as many, instances
-                in turn. 100 as published.
+            draws: Codes that are averaged, at most: of instances in any order, each once; with ``augment``, exactly as
+                many, instances in turn. 100 as published.
             augment: Of pictures and boxes, see ``augmented``.
-            generator: For ``augment``.
+            generator: Of the order, and for ``augment``.
             batch_size: Supports at a time.
 
         Raises:
-            UserError: If a class has no instance, or ``draws`` is not positive.
+            UserError: If a class has no instance or is named twice, or a number is not positive.
         """
-        if draws < 1:
-            raise UserError(f"draws must be at least 1, got {draws}")
+        for name, value in {"draws": draws, "batch_size": batch_size}.items():
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
         generator = generator or torch.Generator().manual_seed(0)
         labels = tuple(support.classes if classes is None else classes)
+        if not labels or len(set(labels)) < len(labels):
+            raise UserError(f"classes must be some, each once, got {', '.join(map(str, labels)) or 'none'}")
         counts = [support.count(label) for label in labels]
         each = [min(draws, count) if augment is None else draws for count in counts]
-        turns = [(row, turn % counts[row]) for row, times in enumerate(each) for turn in range(times)]
+        orders = [torch.randperm(count, generator=generator).tolist() for count in counts]
+        turns = [(row, orders[row][turn % counts[row]]) for row, times in enumerate(each) for turn in range(times)]
         device = next(self.parameters()).device
         sums = torch.zeros(len(labels), self.aggregate.d, device=device)
         instances: list[dict[tuple[int, int], None]] = [{} for _ in labels]  # in order, each once
@@ -309,7 +331,7 @@ class MetaDetr(nn.Module):
     @torch.no_grad()
     def predict(
         self,
-        inputs: Float[Tensor, "batch 3 height width"] | tuple[Tensor, Tensor],
+        inputs: Float[Tensor, "batch 3 height width"] | tuple[Tensor, Tensor] | list[Tensor],
         book: CodeBook,
         episode_size: int | None = None,
     ) -> Prediction:
@@ -332,9 +354,11 @@ class MetaDetr(nn.Module):
             raise UserError(f"episode_size must be 1 to {self.slots}, the slots of the model, got {size}")
         if book.fingerprint != self.fingerprint:
             raise UserError("the codes were made with other weights: make them anew with encode_classes")
-        if len(book) < size:
-            warnings.warn(f"{len(book)} classes leave {size - len(book)} of {size} slots empty", stacklevel=2)
-        images, pad = inputs if isinstance(inputs, tuple) else (inputs, None)
+        if not len(book):
+            raise UserError("the book has no class")
+        if len(book) < size:  # under no_grad's wrapper, hence 3
+            warnings.warn(f"{len(book)} classes leave {size - len(book)} of {size} slots empty", stacklevel=3)
+        images, pad = inputs if isinstance(inputs, tuple | list) else (inputs, None)
         logits, boxes = [], []
         with keeping_modes(self):
             self.eval()
@@ -349,7 +373,7 @@ class MetaDetr(nn.Module):
 
     def detect(
         self,
-        inputs: Float[Tensor, "batch 3 height width"] | tuple[Tensor, Tensor],
+        inputs: Float[Tensor, "batch 3 height width"] | tuple[Tensor, Tensor] | list[Tensor],
         book: CodeBook,
         sizes: Sequence[tuple[int, int]] | None = None,
         *,
@@ -360,12 +384,15 @@ class MetaDetr(nn.Module):
 
         Args:
             inputs, book, episode_size: As of ``predict``.
-            sizes: Height and width of each original picture; by default those of ``inputs``.
+            sizes: Height and width of each original picture; by default those of ``inputs`` without padding.
             top: How many, at most.
         """
-        images = inputs[0] if isinstance(inputs, tuple) else inputs
-        height, width = images.shape[-2:]
-        found = post_process(self.predict(inputs, book, episode_size), sizes or [(height, width)] * len(images), top)
+        images, pad = inputs if isinstance(inputs, tuple | list) else (inputs, None)
+        if sizes is None:
+            shown = ~clear_padding(pad, images)
+            rows, columns = shown.any(2).sum(1).tolist(), shown.any(1).sum(1).tolist()
+            sizes = list(zip(rows, columns, strict=True))
+        found = post_process(self.predict(inputs, book, episode_size), sizes, top)
         classes = torch.tensor(book.classes, device=images.device)
         return [Detections(each.scores, classes[each.labels], each.boxes) for each in found]
 
@@ -384,9 +411,10 @@ def plain_detr(
     dropout: float = 0.0,
 ) -> Detr:
     """The same detector without aggregation, a logit a class: what plain fine-tuning starts from. As ``MetaDetr``."""
-    check_sizes(d, heads, classes=classes, queries=queries, encoders=encoders, decoders=decoders)
+    check_sizes(d, heads, hidden, classes=classes, queries=queries, encoders=encoders, decoders=decoders, points=points)
     maps = nn.Sequential(backbone or TinyBackbone(d), LastNormed(d))
     encoder = Encoder(d, heads, hidden, encoders, points=points, deformable=True, dropout=dropout)
+    xavier(*feeds(encoder))
     return Detr(maps, encoder, PointDecoder(d, heads, hidden, decoders, queries, classes, points, dropout))
 
 
@@ -406,13 +434,24 @@ def group_norm(d: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, d), d)
 
 
-def check_sizes(d: int, heads: int, **counts: int) -> None:
+def feeds(encoder: Encoder) -> list[nn.Module]:
+    """The feed-forward blocks of its layers."""
+    return [layer.get_submodule("feed") for layer in encoder.layers]
+
+
+def check_sizes(d: int, heads: int, hidden: int, **counts: int) -> None:
     """Refuse sizes that do not fit."""
-    if d % heads or d % 4:
-        raise UserError(f"d must be a multiple of heads and of 4, got {d} and {heads}")
-    for name, count in counts.items():
+    for name, count in {"d": d, "heads": heads, "hidden": hidden, **counts}.items():
         if count < 1:
             raise UserError(f"{name} must be at least 1, got {count}")
+    if d % heads or d % 4:
+        raise UserError(f"d must be a multiple of heads and of 4, got {d} and {heads}")
+
+
+def cells_shown(seen: Level, pad: Bool[Tensor, "n height width"]) -> Float[Tensor, "n 2"]:
+    """Width and height of each picture without its padding, in cells of the map and parts of them."""
+    shown = torch.stack([(~pad[:, 0]).sum(1), (~pad[:, :, 0]).sum(1)], -1)
+    return shown * seen.valid.new_tensor([seen.width / pad.shape[2], seen.height / pad.shape[1]])
 
 
 def repeated(seen: Level, times: int) -> Level:

@@ -1,7 +1,9 @@
 """Episodes in training, the loss, and what is trained at which rate."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,11 +45,11 @@ class EpisodeSampler(Intervention):
     """Turns every batch of pictures into episodes: which classes to look for, by which supports, and what is there.
 
     Put it into the trainer of a ``MetaDetr``; the data hold pictures (alone, or with their masks of padding) and
-    targets, a list or packed.
+    targets, a list or packed. Supports are read and augmented as they are drawn, in the training's own process.
 
     Args:
         support: Instances, one of which is drawn for every slot.
-        size: Classes of an episode, C; not more than the model's slots.
+        size: Classes of an episode, C: the model's slots.
         episodes: A step; all pictures are searched in each. 5 as published.
         augment: Of supports, see ``augmented``.
         seed: Of all draws.
@@ -68,9 +70,22 @@ class EpisodeSampler(Intervention):
         for name, value in {"size": size, "episodes": episodes}.items():
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        self.support, self.size, self.episodes, self.augment = support, size, episodes, augment
+        self.support, self.size, self.episodes, self.augment, self.seed = support, size, episodes, augment, seed
         self.generator = torch.Generator().manual_seed(seed)
         sample_episode([], support.classes, size, torch.Generator())  # refuses too few classes
+
+    def setup(self, state: State) -> None:
+        """Refuse models that cannot be trained so; processes draw each their own episodes."""
+        model = state.module
+        if not isinstance(model, MetaDetr):
+            raise UserError(f"EpisodeSampler trains a MetaDetr, got {type(model).__name__}")
+        if self.size != model.slots:
+            raise UserError(f"size must be the model's {model.slots} slots, or some are never trained, got {self.size}")
+        if max(self.support.classes) >= model.classes:
+            raise UserError(
+                f"the model knows {model.classes} classes, from 0, and there is support for {max(self.support.classes)}"
+            )
+        self.generator.manual_seed(self.seed + 1_000_003 * state.fabric.global_rank)
 
     def on_batch(self, state: State) -> None:
         """Replace pictures and targets by a ``MetaTask`` and its ``MetaTargets``."""
@@ -127,7 +142,7 @@ def parameter_groups(
     Args:
         model: A ``MetaDetr`` or ``plain_detr``.
         lr: Of everything else; 2e-4 as published, in batches of 4 on each of 8 GPUs.
-        backbone: Times ``lr``; 0.1 as published, for a pretrained one.
+        backbone: Times ``lr``; 0.1 as published, for a pretrained one (whose projection has the full rate there).
         pointing: Times ``lr``, of sampling offsets and reference points; 0.1 as published.
     """
     pointers = {id(p) for p in where_to_look(model)}
@@ -151,18 +166,39 @@ def where_to_look(model: nn.Module) -> Iterable[nn.Parameter]:
 def prepare_finetuning(model: nn.Module, novel: Sequence[int], generator: torch.Generator | None = None) -> None:
     """Make a model that knows the base classes ready for a few shots of all classes.
 
-    Sampling offsets and reference points stay as they are from now on, and of a ``MetaDetr`` the classifier of codes
-    forgets the novel classes. Then train on the balanced k shots of base and novel classes, with the same criterion.
+    Sampling offsets and reference points stay as they are from now on. The rows of novel classes begin anew: in a
+    ``MetaDetr`` those of the classifier of codes, in a ``plain_detr`` those of the class head, which so far has learned
+    that they are never there. Then train on the balanced k shots of base and novel classes, with the same criterion.
 
     Args:
         model: A ``MetaDetr`` or ``plain_detr``; changed in place.
         novel: Labels of the new classes.
         generator: Of their new rows.
+
+    Raises:
+        UserError: If the model has no such class.
     """
+    forget: Callable[[Sequence[int], torch.Generator], None]
+    if isinstance(model, MetaDetr):
+        classes, forget = model.classes, model.classifier.forget
+    else:
+        head = model.get_submodule("decoder.class_head")
+        assert isinstance(head, nn.Linear)
+        classes, forget = head.out_features, partial(begin_anew, head)
+    if bad := [label for label in novel if not 0 <= label < classes]:
+        raise UserError(f"novel must be classes from 0 to {classes - 1}, got {', '.join(map(str, bad))}")
     for parameter in where_to_look(model):
         parameter.requires_grad_(False)
-    if isinstance(model, MetaDetr):
-        model.classifier.forget(novel, generator or torch.Generator().manual_seed(0))
+    forget(novel, generator or torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def begin_anew(head: nn.Linear, rows: Sequence[int], generator: torch.Generator) -> None:
+    """Draw rows of a class head as it was made: uniform, with a prior of 1 %."""
+    bound = head.in_features**-0.5
+    drawn = torch.empty(len(rows), head.in_features).uniform_(-bound, bound, generator=generator)
+    head.weight[list(rows)] = drawn.to(head.weight)
+    head.bias[list(rows)] = -math.log(99)
 
 
 def finetuning_factor(step: int, total: int) -> float:
