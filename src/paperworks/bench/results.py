@@ -228,7 +228,7 @@ def read_all(results: Path, *, every: bool = False) -> list[Summary]:
             raise UserError(
                 f"{path} is no result: {error.errors()[0]['msg']}; check {path.parent.name} again"
             ) from error
-    return sorted(found, key=lambda summary: (summary.slug, SCALES.index(summary.scale)))
+    return sorted(found, key=lambda summary: (summary.slug, SCALES.index(summary.scale), summary.kind))
 
 
 def largest(summaries: Sequence[Summary]) -> dict[str, Summary]:
