@@ -25,11 +25,11 @@ of the nearest code.
 folders), of which ``--set shots_file=FILE`` names the shots, e.g. one of the public k-shot files; otherwise they are
 drawn.
 
-What is known not to hold: that asking for several classes at once is better in itself. After ``full`` (means of three
-seeds, 5 shots) Meta-DETR finds novel classes with an AP50 of 0.23, the plain detector with 0.20, and one class at a
-time with 0.09 at equal steps, but with 0.37 if it gets as many pairs of picture and class, in 1.7 times the training
+What is known not to hold: that asking for several classes at once is better in itself. After ``full`` (means of five
+seeds, 5 shots) Meta-DETR finds novel classes with an AP50 of 0.22, the plain detector with 0.19, and one class at a
+time with 0.09 at equal steps, but with 0.39 if it gets as many pairs of picture and class, in 1.7 times the training
 time: to tell slots apart takes longer to learn than to answer for one class. With 10 shots the plain detector is ahead
-(0.26 and 0.19), and meta-learning knows novel classes nearly as well before fine-tuning as after (0.20). Nor do these
+(0.24 and 0.19), and meta-learning knows novel classes nearly as well before fine-tuning as after (0.21). Nor do these
 figures say anything about COCO's: the paper's are of pretrained backbones, 60 base classes, and fine-tuning for
 hundreds of epochs. For all nine classes of ``quick`` the time is 0.34 times that of one by one: the backbone, which
 both run once, takes half of it in so small a detector.
