@@ -12,8 +12,8 @@ from mkdocs.structure.files import File, Files
 from paperworks.bench import combine, load_claim
 from paperworks.bench.report import bar, interval, methods_table, number, spread, stored_pictures
 from paperworks.bench.results import Summary, largest, read_all
-from paperworks.bench.settings import SCALES, Settings
-from paperworks.catalog import FAMILIES, Card, catalog
+from paperworks.bench.settings import Settings
+from paperworks.catalog import FAMILIES, SCALES, Card, catalog
 
 ROOT = Path(__file__).parents[2]
 SOURCE, RESULTS = ROOT / "src" / "paperworks", ROOT / "results"

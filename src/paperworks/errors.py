@@ -32,6 +32,17 @@ def nearest(name: object, choices: Iterable[str]) -> str:
     return f" Choose from: {', '.join(options)}." if options else ""
 
 
+def check_counts(**counts: int) -> None:
+    """Refuse numbers of things below 1.
+
+    Raises:
+        UserError: Naming the first of them.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name} must be at least 1, got {count}")
+
+
 def unknown(kind: str, name: object, choices: Iterable[str]) -> UserError:
     """The error for a name that is not among ``choices``, e.g. ``unknown("setting", "epoch", fields)``."""
     return UserError(f"unknown {kind} {str(name)!r}.{nearest(name, choices)}")

@@ -11,8 +11,7 @@ from fastapi.responses import FileResponse, Response
 
 from paperworks.bench import Claim, load_claim
 from paperworks.bench.results import Summary
-from paperworks.bench.settings import SCALES
-from paperworks.catalog import FAMILIES, Card, catalog
+from paperworks.catalog import FAMILIES, SCALES, Card, catalog
 from paperworks.errors import UserError
 
 from .charts import forest, strips

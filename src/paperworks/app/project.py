@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 
 from paperworks.bench.combine import Combination
 from paperworks.bench.results import Summary
-from paperworks.bench.settings import SCALES
 from paperworks.bench.store import Store
+from paperworks.catalog import SCALES
 from paperworks.errors import UserError
 
 M = TypeVar("M", bound=BaseModel)

@@ -16,9 +16,8 @@ from paperworks.bench.check import Plan, Records
 from paperworks.bench.combine import Combination, combined
 from paperworks.bench.measure import COMBINE
 from paperworks.bench.results import Summary, summarise
-from paperworks.bench.settings import SCALES
 from paperworks.bench.store import DamagedRecord, Store, Trial
-from paperworks.catalog import catalog
+from paperworks.catalog import SCALES, catalog
 from paperworks.errors import UserError
 
 Points = list[tuple[float, float]]

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from paperworks.catalog import SCALES
 from paperworks.errors import UserError, unknown
 
 from .claim import Claim
 from .executors import EXECUTORS, execute
 from .measure import COMBINE
-from .settings import SCALES
 from .store import DamagedRecord, Store, Trial
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 
 from paperworks import __version__, catalog
+from paperworks.catalog import SCALES
 from paperworks.errors import MissingExtra, UserError, unknown
 from paperworks.train import Intervention
 
 from .expectations import Expectation
-from .settings import SCALES, Settings
+from .settings import Settings
 
 if TYPE_CHECKING:
     from .run import Run

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from paperworks.catalog import Card, catalog
+from paperworks.catalog import SCALES, Card, catalog
 from paperworks.errors import UserError
 from paperworks.files import write_whole
 
@@ -28,7 +28,7 @@ from .check import Records
 from .claim import Claim
 from .expectations import Judgement
 from .results import Found, Summary, assignments, largest, summarise
-from .settings import SCALES, Settings
+from .settings import Settings
 
 COLOURS = {"holds": "green", "undecided": "yellow", "fails": "red"}
 

@@ -14,11 +14,11 @@ from typing import Any, Self
 import numpy as np
 from pydantic import BaseModel, ValidationError, field_serializer, field_validator
 
+from paperworks.catalog import SCALES
 from paperworks.errors import UserError
 
 from .claim import Claim
 from .expectations import Judgement, Table, Verdict, overall
-from .settings import SCALES
 
 
 class Found(BaseModel):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from paperworks.catalog import SCALES
 from paperworks.errors import UserError, unknown
-
-Scale = Literal["smoke", "quick", "full"]
-SCALES: tuple[str, ...] = get_args(Scale)
 
 
 def scaled(*, smoke: Any, quick: Any, full: Any, description: str = "", **constraints: Any) -> Any:

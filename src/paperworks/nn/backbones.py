@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.errors import UserError
+from paperworks.errors import UserError, check_counts
 
 Images = Float[Tensor, "batch channels height width"]
 Maps = Float[Tensor, "batch features rows columns"]
@@ -26,7 +26,7 @@ def mlp(in_features: int, hidden: Sequence[int], num_classes: int) -> nn.Sequent
         hidden: Widths of the hidden layers; none makes it linear.
         num_classes: Logits.
     """
-    _check_positive(in_features=in_features, hidden=min(hidden, default=1), num_classes=num_classes)
+    check_counts(in_features=in_features, hidden=min(hidden, default=1), num_classes=num_classes)
     widths = [in_features, *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise(widths):
@@ -52,7 +52,7 @@ class ConvNet(nn.Module):
         strides: Sequence[int] = (1, 1, 2, 1, 2),
     ) -> None:
         super().__init__()
-        _check_positive(in_channels=in_channels, num_classes=num_classes, widths=min(widths, default=0))
+        check_counts(in_channels=in_channels, num_classes=num_classes, widths=min(widths, default=0))
         if len(widths) != len(strides):
             raise UserError(f"strides must be as many as widths, got {len(strides)} and {len(widths)}")
         blocks = [
@@ -87,7 +87,7 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int = 20, width: int = 16, in_channels: int = 3, num_classes: int = 10) -> None:
         super().__init__()
-        _check_positive(width=width, in_channels=in_channels, num_classes=num_classes)
+        check_counts(width=width, in_channels=in_channels, num_classes=num_classes)
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"depth must be 6 n + 2 (8, 14, 20, 26, 32 …), got {depth}")
         blocks: list[nn.Module] = []
@@ -131,9 +131,3 @@ class _ResidualBlock(nn.Module):
 def _conv_norm(in_channels: int, out_channels: int, stride: int) -> tuple[nn.Module, nn.Module]:
     convolution = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
     return convolution, nn.BatchNorm2d(out_channels)
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{name} must be at least 1, got {size}")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.errors import UserError
+from paperworks.errors import UserError, check_counts
 
 BASIC = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 BOTTLENECK = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -33,9 +33,7 @@ class ResNet3d(nn.Module):
 
     def __init__(self, depth: int, width: int, num_classes: int, *, in_channels: int = 3) -> None:
         super().__init__()
-        for name, value in {"width": width, "num_classes": num_classes, "in_channels": in_channels}.items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        check_counts(width=width, num_classes=num_classes, in_channels=in_channels)
         if depth not in (depths := BASIC | BOTTLENECK):
             raise UserError(f"depth must be one of {', '.join(map(str, depths))}, got {depth}")
         expansion = 4 if depth in BOTTLENECK else 1

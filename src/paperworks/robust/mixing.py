@@ -7,7 +7,6 @@ only; these draw from one of their own, so that they can be seeded, checkpointed
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from paperworks.errors import UserError
-from paperworks.train import Intervention, State
+from paperworks.train import RandomIntervention, State
 
 Images = Float[Tensor, "batch channels height width"]
 Targets = Int[Tensor, " batch"] | Float[Tensor, "batch classes"]
@@ -89,7 +88,7 @@ def soft_targets(y: Targets, num_classes: int) -> SoftTargets:
     return y
 
 
-class Mixing(Intervention):
+class Mixing(RandomIntervention):
     """What Mixup, CutMix and R-Mix share: a random generator of their own, and the batch they are handed.
 
     Training starts from ``seed`` whenever it is set up, each process of a group from its own, and a resumed
@@ -106,17 +105,11 @@ class Mixing(Intervention):
             raise UserError(f"num_classes must be at least 2, got {num_classes}")
         if not (alpha > 0 and math.isfinite(alpha)):
             raise UserError(f"alpha must be positive and finite, got {alpha}")
-        self.num_classes, self.alpha, self.seed = num_classes, alpha, seed
-        self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(seed)
+        self.num_classes, self.alpha = num_classes, alpha
 
     def setup(self, state: State) -> None:
-        self.generator.manual_seed(self.seed + 1_000_003 * state.fabric.global_rank)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.generator.set_state(state_dict["generator"])
+        self.seed_process(state)
 
     def _batch(self, x: Tensor, y: Tensor) -> SoftTargets:
         """The targets as probabilities, once the batch has been looked at."""

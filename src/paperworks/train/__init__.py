@@ -1,7 +1,7 @@
 """One training loop, and the protocol by which a method intervenes in it."""
 
 from .batches import Batches, Stream
-from .intervention import Intervention, State
+from .intervention import Intervention, RandomIntervention, State
 from .trainer import History, NonFiniteLoss, Trainer
 
-__all__ = ["Batches", "History", "Intervention", "NonFiniteLoss", "State", "Stream", "Trainer"]
+__all__ = ["Batches", "History", "Intervention", "NonFiniteLoss", "RandomIntervention", "State", "Stream", "Trainer"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -88,6 +89,29 @@ class Intervention:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned. Called after ``setup``."""
+
+
+class RandomIntervention(Intervention):
+    """An intervention with a generator of its own, which a resumed run goes on with.
+
+    Args:
+        seed: Of all draws.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
+
+    def seed_process(self, state: State) -> None:
+        """Begin anew, each process of a group with draws of its own; for ``setup``."""
+        self.generator.manual_seed(self.seed + 1_000_003 * state.fabric.global_rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on drawing where ``state_dict`` was taken."""
+        self.generator.set_state(state_dict["generator"])
 
 
 def compose_loss(interventions: list[Intervention]) -> Callable[[State], Tensor]:

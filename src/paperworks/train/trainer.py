@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from paperworks.errors import UserError
+from paperworks.errors import UserError, check_counts
 from paperworks.nn import keeping_modes
 
 from . import checkpoint
@@ -101,9 +101,7 @@ class Trainer:
         checkpoint_every: int | None = None,
         progress: bool | Callable[[float, str], None] = False,
     ) -> None:
-        for name, value in {"epochs": epochs, "accumulate": accumulate, "eval_every": eval_every}.items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        check_counts(epochs=epochs, accumulate=accumulate, eval_every=eval_every)
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"clip_norm must be positive, got {clip_norm}")
         if checkpoint_every is not None and checkpoint_every < 1:

@@ -19,8 +19,8 @@ from paperworks.audit.ddbackdoor.matching import (
     class_gradients,
 )
 from paperworks.audit.ddbackdoor.pixels import Images
-from paperworks.audit.ddbackdoor.session import OnIteration, Session, check_counts, count_classes, fresh
-from paperworks.errors import UserError, unknown
+from paperworks.audit.ddbackdoor.session import OnIteration, Session, count_classes, fresh
+from paperworks.errors import UserError, check_counts, unknown
 
 SCHEDULES = {1: (1, 1), 10: (10, 50), 20: (20, 25), 50: (50, 10)}
 """Outer steps and inner passes by images a class, from the paper's code."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from paperworks.audit.ddbackdoor.distilled import Augment, DistilledSet, DistilledSteps
 from paperworks.audit.ddbackdoor.pixels import Images
-from paperworks.audit.ddbackdoor.session import check_counts, fresh
+from paperworks.audit.ddbackdoor.session import fresh
 from paperworks.audit.ddbackdoor.trigger import Trigger
-from paperworks.errors import UserError
+from paperworks.errors import UserError, check_counts
 
 
 @dataclass(frozen=True, eq=False)

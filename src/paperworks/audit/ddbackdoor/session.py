@@ -101,10 +101,3 @@ def count_classes(images: Tensor, labels: Tensor) -> int:
     if not counts.all():
         raise UserError(f"class {int((counts == 0).nonzero()[0])} has no image; every class from 0 needs one")
     return len(counts)
-
-
-def check_counts(**counts: int) -> None:
-    """Numbers that must be positive."""
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"{name} must be at least 1, got {count}")

@@ -13,8 +13,8 @@ from torch.optim import Adam
 from paperworks.audit.ddbackdoor.distilled import DistilledSteps, unroll
 from paperworks.audit.ddbackdoor.hooks import DistillationHook
 from paperworks.audit.ddbackdoor.pixels import Images
-from paperworks.audit.ddbackdoor.session import OnIteration, Session, check_counts, count_classes, fresh
-from paperworks.errors import UserError
+from paperworks.audit.ddbackdoor.session import OnIteration, Session, count_classes, fresh
+from paperworks.errors import UserError, check_counts
 
 
 def distill_dd(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64, Int, Int64
 from torch import Tensor
 
-from paperworks.errors import UserError, unknown
+from paperworks.errors import UserError, check_counts, unknown
 
 from . import search
 from .problem import CategoricalProblem, Labels, Mask, Masks, Rows, as_array
@@ -129,9 +129,7 @@ def attack_batch(
     n = x.shape[1]
     if not 1 <= max_changes <= n:
         raise UserError(f"max_changes must be from 1 to the {n} features, got {max_changes}")
-    for name, number in (("max_queries", max_queries), ("lockstep", lockstep)):
-        if number < 1:
-            raise UserError(f"{name} must be at least 1, got {number}")
+    check_counts(max_queries=max_queries, lockstep=lockstep)
     if time_limit is not None and not time_limit > 0:
         raise UserError(f"time_limit must be positive, got {time_limit}")
     masks = problem.check(x, labels, allowed)

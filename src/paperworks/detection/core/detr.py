@@ -17,11 +17,14 @@ from paperworks.detection.core.layers import (
     DeformableEncoderLayer,
     DetrDecoderLayer,
     EncoderLayer,
+    check_width,
     mlp,
 )
-from paperworks.detection.core.targets import Prediction, clear_padding
+from paperworks.detection.core.targets import Prediction, split_padding
 from paperworks.errors import UserError, unknown
 
+PRIOR = -math.log(99)
+"""Bias of class heads: a chance of 1 % at first."""
 Inputs = Float[Tensor, "batch 3 height width"] | tuple[Tensor, Tensor]
 
 
@@ -137,7 +140,7 @@ class Decoder(nn.Module):
         self.boxes = nn.Parameter(torch.randn(queries, 4)) if reference == "boxes" else None
         self.points = nn.Linear(d, 2) if reference == "points" else None
         class_head, box_head = nn.Linear(d, classes), mlp(d, d, d, 4)
-        nn.init.constant_(class_head.bias, -math.log(99))  # a prior of 1 %
+        nn.init.constant_(class_head.bias, PRIOR)
         self.class_heads = nn.ModuleList(copy.deepcopy(class_head) for _ in layers)
         self.box_heads = nn.ModuleList(copy.deepcopy(box_head) for _ in layers)
         for head in self.box_heads:
@@ -194,8 +197,7 @@ class Detr(nn.Module):
 
     def memory(self, inputs: Inputs) -> list[Level]:
         """The encoded levels of pictures, or of pictures with their masks of padding (true there)."""
-        images, pad = inputs if isinstance(inputs, tuple) else (inputs, None)
-        mask = clear_padding(pad, images)
+        images, mask = split_padding(inputs)
         maps = self.backbone(images.masked_fill(mask[:, None], 0))
         return self.encoder([level(features, mask) for features in maps])
 
@@ -233,8 +235,7 @@ def baseline(
     Raises:
         UserError: If there is no such baseline, or a size does not fit.
     """
-    if d % heads or d % 4:
-        raise UserError(f"d must be a multiple of heads and of 4, got {d} and {heads}")
+    check_width(d, heads)
     kwargs: dict[str, bool | str] = {"query_pos": True}
     layers: list[nn.Module]
     if name == "detr":

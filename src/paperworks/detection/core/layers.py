@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from paperworks.detection.core.attention import MSDeformAttn
 from paperworks.detection.core.embedding import Level, sine_embed
+from paperworks.errors import UserError
 
 
 class FeedForward(nn.Module):
@@ -25,6 +26,21 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens d"]:
         return self.norm(x + self.net(x))
+
+
+def check_width(d: int, heads: int) -> None:
+    """Refuse channels that heads and position codes cannot share.
+
+    Raises:
+        UserError: If ``heads`` or 4 does not divide ``d``.
+    """
+    if d % heads or d % 4:
+        raise UserError(f"d must be a multiple of heads and of 4, got {d} and {heads}")
+
+
+def group_norm(d: int) -> nn.GroupNorm:
+    """Of 32 groups, as Deformable DETR's projections have it."""
+    return nn.GroupNorm(math.gcd(32, d), d)
 
 
 def mlp(*widths: int) -> nn.Sequential:

@@ -46,14 +46,12 @@ class Targets:
         """
         if len(self.labels) != len(self.boxes):
             raise UserError(f"image {self.image_id}: {len(self.labels)} labels and {len(self.boxes)} boxes")
-        for row, (label, box) in enumerate(zip(self.labels.tolist(), self.boxes.tolist(), strict=True)):
+        outside, shown = first_outside(self.boxes) or (len(self), "")
+        for row, label in enumerate(self.labels[: outside + 1].tolist()):
             if not 0 <= label < num_classes:
                 raise UserError(f"image {self.image_id}, object {row}: label {label} is not 0 to {num_classes - 1}")
-            x, y, width, height = box
-            edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-            if not (width > 0 and height > 0 and all(-1e-3 <= edge <= 1 + 1e-3 for edge in edges)):
-                shown = ", ".join(f"{value:.4g}" for value in box)
-                raise UserError(f"image {self.image_id}, object {row}: box ({shown}) is not within the picture")
+        if shown:
+            raise UserError(f"image {self.image_id}, object {outside}: box ({shown}) is not within the picture")
 
 
 @dataclass(frozen=True)
@@ -133,6 +131,29 @@ def post_process(prediction: Prediction, sizes: Sequence[tuple[int, int]], top: 
     boxes = boxes * scale[:, None]
     found = zip(scores, places % classes, boxes, scores > 0, strict=True)
     return [Detections(s[kept], label[kept], b[kept]) for s, label, b, kept in found]
+
+
+def first_outside(boxes: Float[Tensor, "n 4"]) -> tuple[int, str] | None:
+    """The first box (centre, width and height) without extent or not within its picture, with its numbers; or none."""
+    edges = box_convert(boxes, "cxcywh", "xyxy")
+    good = (boxes[:, 2:] > 0).all(1) & (edges >= -1e-3).all(1) & (edges <= 1 + 1e-3).all(1)
+    if good.all():
+        return None
+    row = int(good.int().argmin())
+    return row, ", ".join(f"{value:.4g}" for value in boxes[row].tolist())
+
+
+def split_padding(
+    inputs: Float[Tensor, "batch 3 height width"] | tuple[Tensor, Tensor] | list[Tensor],
+) -> tuple[Float[Tensor, "batch 3 height width"], Bool[Tensor, "batch height width"]]:
+    """Pictures and their mask of padding, from both or from pictures alone."""
+    images, pad = inputs if isinstance(inputs, tuple | list) else (inputs, None)
+    return images, clear_padding(pad, images)
+
+
+def extents(pad: Bool[Tensor, "batch height width"]) -> Int64[Tensor, "batch 2"]:
+    """Rows and columns of each picture that are no padding."""
+    return torch.stack([(~pad).any(2).sum(1), (~pad).any(1).sum(1)], -1)
 
 
 def clear_padding(pad: Bool[Tensor, "batch height width"] | None, images: Tensor) -> Bool[Tensor, "batch height width"]:

@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
+from paperworks.detection.core.targets import first_outside
 from paperworks.errors import UserError
 
 
@@ -49,9 +50,6 @@ def check_boxes(boxes: Float[Tensor, "examples 4"]) -> None:
     Raises:
         UserError: Naming the first of them.
     """
-    low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
-    good = ((boxes[:, 2:] > 0) & (low >= -1e-3) & (high <= 1 + 1e-3)).all(1)
-    if not good.all():
-        row = int((~good).int().argmax())
-        shown = ", ".join(f"{value:.4g}" for value in boxes[row].tolist())
+    if outside := first_outside(boxes):
+        row, shown = outside
         raise UserError(f"example {row}: box ({shown}) is not within the picture; expected cx, cy, w, h in [0, 1]")

@@ -8,10 +8,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from paperworks.detection.core import level, mlp, sine_embed
-from paperworks.detection.core.targets import clear_padding
+from paperworks.detection.core.targets import split_padding
 from paperworks.detection.dynrec.blocks import ReasoningBlock, ReasoningState, SubQueryBlock
 from paperworks.detection.dynrec.halting import greedy_steps
 from paperworks.errors import UserError, unknown
+from paperworks.nn import keeping_modes
 
 Inputs = tuple[Any, Tensor, Tensor]
 """What the visual encoder takes (pictures, or pictures with their padding), numbers of words, and where words are."""
@@ -64,8 +65,7 @@ class GridTokens(nn.Module):
         self.coordinates, self.norm, self.box = nn.Linear(8, d), nn.LayerNorm(d), mlp(channels, d, 4)
 
     def forward(self, inputs: Float[Tensor, "batch 3 height width"] | tuple[Tensor, Tensor]) -> VisualTokens:
-        images, pad = inputs if isinstance(inputs, tuple) else (inputs, None)
-        mask = clear_padding(pad, images)
+        images, mask = split_padding(inputs)
         maps = self.backbone(images.masked_fill(mask[:, None], 0))
         grid = level(maps if isinstance(maps, Tensor) else maps[-1], mask)
         half = 0.5 / (grid.valid * grid.valid.new_tensor([grid.width, grid.height]))[:, None].expand_as(grid.centres)
@@ -214,9 +214,8 @@ class DynamicReasoner(nn.Module):
         forced = None if stop is None else torch.as_tensor(stop)
         if forced is not None and not ((forced >= 1) & (forced <= self.max_steps)).all():
             raise UserError(f"stop must be 1 to max_steps={self.max_steps}, got {stop}")
-        training = self.training
-        self.eval()
-        try:
+        with keeping_modes(self):
+            self.eval()
             places, state, sentence = self._begin(inputs)
             live = torch.arange(len(sentence), device=sentence.device)
             boxes, steps = sentence.new_empty(len(live), 4), torch.empty_like(live)
@@ -236,8 +235,6 @@ class DynamicReasoner(nn.Module):
                 out, keep = done.nonzero()[:, 0], (~done).nonzero()[:, 0]
                 boxes[live[out]], steps[live[out]] = self._look(state.rows(out), places.rows(out))[0], step + 1
                 live, state, places, sentence = live[keep], state.rows(keep), places.rows(keep), sentence[keep]
-        finally:
-            self.train(training)
         return Answer(boxes, steps)
 
     def _begin(self, inputs: Inputs) -> tuple[VisualTokens, ReasoningState, Tensor]:

@@ -20,7 +20,7 @@ from paperworks.detection.dynrec.halting import (
 )
 from paperworks.detection.dynrec.model import Reasoning, VisualTokens
 from paperworks.errors import UserError, unknown
-from paperworks.train import Intervention, State
+from paperworks.train import RandomIntervention, State
 
 
 def right_place(places: VisualTokens, gt: Float[Tensor, "batch 4"]) -> Int64[Tensor, " batch"]:
@@ -82,7 +82,7 @@ class PonderLoss(nn.Module):
         return ponder_loss(reasoning.stop_logits, losses, prior=self.prior, beta=self.beta)
 
 
-class ReinforcedHalting(Intervention):
+class ReinforcedHalting(RandomIntervention):
     r"""Adds $\eta$ times the policy's loss, once a share ``start`` of training is over.
 
     A policy that learns before later steps are better than the first collapses to stopping at once, hence the wait.
@@ -123,6 +123,7 @@ class ReinforcedHalting(Intervention):
             raise UserError(f"start must be in [0, 1), got {start}")
         if supervise not in ("all", "sampled"):
             raise unknown("supervise", supervise, ("all", "sampled"))
+        super().__init__(seed)
         self.eta, self.baseline, self.start, self.supervise = eta, baseline, start, supervise
         self.reward: dict[str, Any] = {
             "lam": lam,
@@ -132,7 +133,6 @@ class ReinforcedHalting(Intervention):
             "threshold": threshold,
         }
         episode_reward(torch.zeros(1, 1), **self.reward)  # refuses what is out of range
-        self.generator = torch.Generator().manual_seed(seed)
 
     def compute_loss(self, state: State, next: Callable[[State], Tensor]) -> Tensor:
         """The boxes' loss and, when it is time, the policy's."""
@@ -153,11 +153,3 @@ class ReinforcedHalting(Intervention):
         state.logs["policy/steps"] = steps.float().mean().item()
         state.logs["policy/reward"] = rewards.gather(1, steps[:, None] - 1).mean().item()
         return loss + self.eta * policy
-
-    def state_dict(self) -> dict[str, Any]:
-        """The generator."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on drawing where ``state_dict`` was taken."""
-        self.generator.set_state(state_dict["generator"])

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.errors import UserError
+from paperworks.errors import UserError, check_counts
 
 CLAMP = 1e-5
 """Codes are kept so far from 0 and 1 when the sigmoid is undone; the released code now has 1e-6."""
@@ -56,8 +56,7 @@ class CorrelationalAggregation(nn.Module):
         super().__init__()
         if d < 2 or d % 2:
             raise UserError(f"d must be even, got {d}")
-        if slots < 1:
-            raise UserError(f"slots must be at least 1, got {slots}")
+        check_counts(slots=slots)
         if slots > 1 and not task_codes:
             raise UserError(f"task_codes=False tells no slots apart: it needs slots=1, got {slots}")
         self.d, self.slots = d, slots

@@ -29,12 +29,13 @@ from paperworks.detection.core import (
     padded,
     post_process,
 )
-from paperworks.detection.core.detr import with_features
-from paperworks.detection.core.targets import clear_padding
+from paperworks.detection.core.detr import PRIOR, with_features
+from paperworks.detection.core.layers import check_width, group_norm
+from paperworks.detection.core.targets import clear_padding, extents, first_outside, split_padding
 from paperworks.detection.metadetr.aggregation import CorrelationalAggregation, index_codes, xavier
 from paperworks.detection.metadetr.codes import CodeBook, fingerprint
 from paperworks.detection.metadetr.episodes import augmented, inference_episodes
-from paperworks.errors import UserError
+from paperworks.errors import UserError, check_counts
 from paperworks.nn import keeping_modes
 
 BINS = 7
@@ -133,7 +134,7 @@ class PointDecoder(nn.Module):
         self.reference, self.class_head, self.box_head = nn.Linear(d, 2), nn.Linear(d, slots), mlp(d, d, d, 4)
         nn.init.xavier_uniform_(self.reference.weight)
         nn.init.zeros_(self.reference.bias)
-        nn.init.constant_(self.class_head.bias, -math.log(99))  # a prior of 1 %
+        nn.init.constant_(self.class_head.bias, PRIOR)
         last = self.box_head[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
@@ -231,14 +232,12 @@ class MetaDetr(nn.Module):
         Raises:
             UserError: If a box has no extent, or lies outside its picture.
         """
-        edges = box_convert(boxes, "cxcywh", "xyxy")
-        good = (boxes[:, 2:] > 0).all(1) & (edges >= -1e-3).all(1) & (edges <= 1 + 1e-3).all(1)
-        if not good.all():
-            row = int(good.int().argmin())
-            shown = ", ".join(f"{value:.4g}" for value in boxes[row].tolist())
+        if outside := first_outside(boxes):
+            row, shown = outside
             raise UserError(f"support {row}: box ({shown}) is not within its picture")
-        seen = self.attend(images, pad)
-        cells = edges * cells_shown(seen, clear_padding(pad, images)).repeat(1, 2)
+        mask = clear_padding(pad, images)
+        seen = self.attend(images, mask)
+        cells = box_convert(boxes, "cxcywh", "xyxy") * cells_shown(seen, mask).repeat(1, 2)
         regions = roi_align(seen.as_map(), list(cells[:, None]), BINS, aligned=True)
         return regions.mean((2, 3)).sigmoid()
 
@@ -301,9 +300,7 @@ class MetaDetr(nn.Module):
         Raises:
             UserError: If a class has no instance or is named twice, or a number is not positive.
         """
-        for name, value in {"draws": draws, "batch_size": batch_size}.items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        check_counts(draws=draws, batch_size=batch_size)
         generator = generator or torch.Generator().manual_seed(0)
         labels = tuple(support.classes if classes is None else classes)
         if not labels or len(set(labels)) < len(labels):
@@ -358,7 +355,7 @@ class MetaDetr(nn.Module):
             raise UserError("the book has no class")
         if len(book) < size:  # under no_grad's wrapper, hence 3
             warnings.warn(f"{len(book)} classes leave {size - len(book)} of {size} slots empty", stacklevel=3)
-        images, pad = inputs if isinstance(inputs, tuple | list) else (inputs, None)
+        images, pad = split_padding(inputs)
         logits, boxes = [], []
         with keeping_modes(self):
             self.eval()
@@ -387,12 +384,10 @@ class MetaDetr(nn.Module):
             sizes: Height and width of each original picture; by default those of ``inputs`` without padding.
             top: How many, at most.
         """
-        images, pad = inputs if isinstance(inputs, tuple | list) else (inputs, None)
+        images, pad = split_padding(inputs)
         if sizes is None:
-            shown = ~clear_padding(pad, images)
-            rows, columns = shown.any(2).sum(1).tolist(), shown.any(1).sum(1).tolist()
-            sizes = list(zip(rows, columns, strict=True))
-        found = post_process(self.predict(inputs, book, episode_size), sizes, top)
+            sizes = [(rows, columns) for rows, columns in extents(pad).tolist()]
+        found = post_process(self.predict((images, pad), book, episode_size), sizes, top)
         classes = torch.tensor(book.classes, device=images.device)
         return [Detections(each.scores, classes[each.labels], each.boxes) for each in found]
 
@@ -429,11 +424,6 @@ class LastNormed(nn.Module):
         return [self.norm(maps[-1])]
 
 
-def group_norm(d: int) -> nn.GroupNorm:
-    """Of 32 groups, as Deformable DETR's projections have it."""
-    return nn.GroupNorm(math.gcd(32, d), d)
-
-
 def feeds(encoder: Encoder) -> list[nn.Module]:
     """The feed-forward blocks of its layers."""
     return [layer.get_submodule("feed") for layer in encoder.layers]
@@ -441,17 +431,13 @@ def feeds(encoder: Encoder) -> list[nn.Module]:
 
 def check_sizes(d: int, heads: int, hidden: int, **counts: int) -> None:
     """Refuse sizes that do not fit."""
-    for name, count in {"d": d, "heads": heads, "hidden": hidden, **counts}.items():
-        if count < 1:
-            raise UserError(f"{name} must be at least 1, got {count}")
-    if d % heads or d % 4:
-        raise UserError(f"d must be a multiple of heads and of 4, got {d} and {heads}")
+    check_counts(d=d, heads=heads, hidden=hidden, **counts)
+    check_width(d, heads)
 
 
 def cells_shown(seen: Level, pad: Bool[Tensor, "n height width"]) -> Float[Tensor, "n 2"]:
     """Width and height of each picture without its padding, in cells of the map and parts of them."""
-    shown = torch.stack([(~pad[:, 0]).sum(1), (~pad[:, :, 0]).sum(1)], -1)
-    return shown * seen.valid.new_tensor([seen.width / pad.shape[2], seen.height / pad.shape[1]])
+    return extents(pad).flip(1) * seen.valid.new_tensor([seen.width / pad.shape[2], seen.height / pad.shape[1]])
 
 
 def repeated(seen: Level, times: int) -> Level:

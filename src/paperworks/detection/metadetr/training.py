@@ -1,6 +1,5 @@
 """Episodes in training, the loss, and what is trained at which rate."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +12,12 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from paperworks.detection.core import MSDeformAttn, SetCriterion, SupportSet, Targets, unpack
-from paperworks.detection.core.targets import clear_padding
+from paperworks.detection.core.detr import PRIOR
+from paperworks.detection.core.targets import split_padding
 from paperworks.detection.metadetr.episodes import augmented, episode_targets, sample_episode
 from paperworks.detection.metadetr.model import MetaDetr, MetaPrediction, MetaTask, PointDecoder, stacked
-from paperworks.errors import UserError
-from paperworks.train import Intervention, State
+from paperworks.errors import UserError, check_counts
+from paperworks.train import RandomIntervention, State
 
 CODE_WEIGHT = 5.0
 """Of the codes' cross-entropy, in every published script."""
@@ -41,7 +41,7 @@ class MetaTargets:
         return len(self.objects)
 
 
-class EpisodeSampler(Intervention):
+class EpisodeSampler(RandomIntervention):
     """Turns every batch of pictures into episodes: which classes to look for, by which supports, and what is there.
 
     Put it into the trainer of a ``MetaDetr``; the data hold pictures (alone, or with their masks of padding) and
@@ -67,11 +67,9 @@ class EpisodeSampler(Intervention):
         augment: v2.Transform | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value in {"size": size, "episodes": episodes}.items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        self.support, self.size, self.episodes, self.augment, self.seed = support, size, episodes, augment, seed
-        self.generator = torch.Generator().manual_seed(seed)
+        check_counts(size=size, episodes=episodes)
+        super().__init__(seed)
+        self.support, self.size, self.episodes, self.augment = support, size, episodes, augment
         sample_episode([], support.classes, size, torch.Generator())  # refuses too few classes
 
     def setup(self, state: State) -> None:
@@ -85,12 +83,12 @@ class EpisodeSampler(Intervention):
             raise UserError(
                 f"the model knows {model.classes} classes, from 0, and there is support for {max(self.support.classes)}"
             )
-        self.generator.manual_seed(self.seed + 1_000_003 * state.fabric.global_rank)
+        self.seed_process(state)
 
     def on_batch(self, state: State) -> None:
         """Replace pictures and targets by a ``MetaTask`` and its ``MetaTargets``."""
         targets = unpack(state.targets) if isinstance(state.targets, Tensor) else list(state.targets)
-        images, pad = state.inputs if isinstance(state.inputs, tuple | list) else (state.inputs, None)
+        images, pad = split_padding(state.inputs)
         present = sorted(set(torch.cat([target.labels for target in targets]).tolist()))
         rows = [sample_episode(present, self.support.classes, self.size, self.generator) for _ in range(self.episodes)]
         shots = [self.support.draw(label, self.generator) for row in rows for label in row]
@@ -98,17 +96,9 @@ class EpisodeSampler(Intervention):
             part.to(images.device) for part in stacked([augmented(s, self.augment, self.generator) for s in shots])
         )
         classes = torch.tensor(rows, device=images.device)
-        state.inputs = MetaTask(images, clear_padding(pad, images), supports, support_pad, boxes, classes)
+        state.inputs = MetaTask(images, pad, supports, support_pad, boxes, classes)
         objects = [episode_targets(target, row) for target in targets for row in rows]
         state.targets = MetaTargets(objects, classes.flatten())
-
-    def state_dict(self) -> dict[str, Any]:
-        """The generator."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on drawing where ``state_dict`` was taken."""
-        self.generator.set_state(state_dict["generator"])
 
 
 class MetaCriterion(nn.Module):
@@ -198,7 +188,7 @@ def begin_anew(head: nn.Linear, rows: Sequence[int], generator: torch.Generator)
     bound = head.in_features**-0.5
     drawn = torch.empty(len(rows), head.in_features).uniform_(-bound, bound, generator=generator)
     head.weight[list(rows)] = drawn.to(head.weight)
-    head.bias[list(rows)] = -math.log(99)
+    head.bias[list(rows)] = PRIOR
 
 
 def finetuning_factor(step: int, total: int) -> float:

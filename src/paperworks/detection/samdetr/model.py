@@ -1,12 +1,12 @@
 """The decoder layer, the order in which layers look at levels, and the detector."""
 
-import math
 from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from paperworks.detection.core import Decoder, Detr, Encoder, FeedForward, Level, TinyBackbone
+from paperworks.detection.core.layers import check_width, group_norm
 from paperworks.detection.samdetr.align import Edge, Resample, SemanticsAligner, smca_prior
 from paperworks.detection.samdetr.attention import AlignedCrossAttention, PlacedSelfAttention
 from paperworks.errors import UserError
@@ -134,8 +134,7 @@ class SamDetr(Detr):
         backbone: nn.Module | None = None,
         dropout: float = 0.0,
     ) -> None:
-        if d % heads or d % 4:
-            raise UserError(f"d must be a multiple of heads and of 4, got {d} and {heads}")
+        check_width(d, heads)
         levels = len(strides)
         layers = [
             SamDecoderLayer(d, heads, hidden, dropout, level=level, smca=smca, resample=resample, gate=gate, edge=edge)
@@ -163,7 +162,7 @@ class _Levels(nn.Module):
     def __init__(self, d: int, levels: int) -> None:
         super().__init__()
         self.levels = levels
-        norms = (nn.GroupNorm(math.gcd(32, d), d) for _ in range(levels))
+        norms = (group_norm(d) for _ in range(levels))
         self.norms = nn.ModuleList(norms if levels > 1 else [nn.Identity()])
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:

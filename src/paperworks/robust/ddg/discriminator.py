@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.errors import UserError
+from paperworks.errors import UserError, check_counts
 
 from .blocks import ResidualBlock, convolution, no_norm
 
@@ -41,9 +41,7 @@ class MultiScaleDiscriminator(nn.Module):
         penalty: float = 0.01,
     ) -> None:
         super().__init__()
-        for name, size in {"channels": channels, "scales": scales, "width": width, "halvings": halvings}.items():
-            if size < 1:
-                raise UserError(f"{name} must be at least 1, got {size}")
+        check_counts(channels=channels, scales=scales, width=width, halvings=halvings)
         if not penalty >= 0:
             raise UserError(f"penalty must not be negative, got {penalty}")
         self.penalty = penalty

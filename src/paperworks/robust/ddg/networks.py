@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.errors import UserError
+from paperworks.errors import UserError, check_counts
 
 from .blocks import SLOPE, ResidualBlock, convolution, group_norm, instance_norm, upsampler
 
@@ -26,7 +26,7 @@ class SemanticEncoder(nn.Sequential):
     """
 
     def __init__(self, channels: int = 1, width: int = 64) -> None:
-        _check_positive(channels=channels, width=width)
+        check_counts(channels=channels, width=width)
         self.out_features = wide = 2 * width
         layers: list[nn.Module] = []
         for before, after, stride in [(channels, width, 1), (width, wide, 2), (wide, wide, 1), (wide, wide, 1)]:
@@ -53,7 +53,7 @@ class VariationEncoder(nn.Module):
 
     def __init__(self, code: int | None = 64, *, downsamplings: int = 2, blocks: int = 1, width: int = 16) -> None:
         super().__init__()
-        _check_positive(code=code or 1, downsamplings=downsamplings, blocks=blocks, width=width)
+        check_counts(code=code or 1, downsamplings=downsamplings, blocks=blocks, width=width)
         norm = group_norm if code else instance_norm
         layers = [convolution(1, width, 3, 2, norm=norm), convolution(width, 2 * width, 3, norm=norm)]
         channels = 2 * width
@@ -89,7 +89,7 @@ class SwapDecoder(nn.Module):
     def __init__(self, variation: int, semantics: int, image_shape: tuple[int, int, int], width: int = 64) -> None:
         super().__init__()
         channels, height, side = image_shape
-        _check_positive(variation=variation, semantics=semantics, channels=channels, height=height, width=side)
+        check_counts(variation=variation, semantics=semantics, channels=channels, height=height, width=side)
         if height % 4 or side % 4:
             raise UserError(f"image_shape must have sides that are multiples of 4, got {tuple(image_shape)}")
         if width < 8 or width % 8:
@@ -136,7 +136,7 @@ class AdaINDecoder(nn.Module):
         self, variation: int = 256, semantics: int = 512, channels: int = 3, *, doublings: int = 4, hidden: int = 512
     ) -> None:
         super().__init__()
-        _check_positive(semantics=semantics, channels=channels, doublings=doublings, hidden=hidden)
+        check_counts(semantics=semantics, channels=channels, doublings=doublings, hidden=hidden)
         if variation < 1 or variation % 2**doublings:
             raise UserError(f"variation must be a multiple of {2**doublings} (2**doublings), got {variation}")
         self.stripes = nn.AdaptiveMaxPool2d((self.STRIPES, 1))
@@ -178,9 +178,3 @@ def _perceptron(before: int, hidden: int, after: int) -> nn.Sequential:
         nn.LeakyReLU(SLOPE),
         nn.Linear(hidden, after),
     )
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{name} must be at least 1, got {size}")

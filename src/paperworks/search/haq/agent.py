@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32
 from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 
-from paperworks.errors import UserError
+from paperworks.errors import UserError, check_counts
 
 
 class Transitions(NamedTuple):
@@ -77,9 +77,7 @@ class DDPGAgent:
         baseline_rate: float = 0.5,
         seed: int = 0,
     ) -> None:
-        for name, value in {"states": states, "capacity": capacity, "batch_size": batch_size}.items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        check_counts(states=states, capacity=capacity, batch_size=batch_size)
         for name, share in {"tau": tau, "gamma": gamma, "baseline_rate": baseline_rate}.items():
             if not 0 <= share <= 1:
                 raise UserError(f"{name} must be in [0, 1], got {share}")
